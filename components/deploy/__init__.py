@@ -1,0 +1,143 @@
+"""Deploy: the champion behind an OpenAI-compatible HTTP endpoint, proven by one real request."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from components.register import Registration
+from ling_flow.config import StrictModel, context_field, parse
+from ling_flow.data.reasoning import TaskSpec
+from ling_flow.errors import SystemFault, UserError
+from ling_flow.flow.component import Input, Metrics, Output, Resources, Step, component
+
+
+class DeployConfig(StrictModel):
+    """Where the endpoint listens, and how it is proven."""
+
+    task: TaskSpec = Field(TaskSpec(name="chain_sum"), description="family that the held-out question is drawn from")
+    max_tokens: int = Field(64, ge=1, description="longest answer to that question, tokens")
+    seed: int = Field(0, ge=0, description="seed that draws the question")
+    port: int | None = context_field(
+        None,
+        why="the same model answers the same on any port",
+        description="TCP port; null takes the old endpoint's, or the first free one from 8000",
+        ge=1,
+        le=65535,
+    )
+    host: str = context_field(
+        "127.0.0.1",
+        why="the same model answers the same on any address",
+        description="address to listen on; anything but 127.0.0.1 lets other machines in, without a password",
+    )
+
+
+class DeployResult(StrictModel):
+    """The endpoint, and its answer to the held-out question."""
+
+    url: str = Field(description="base URL of the endpoint, without /v1")
+    completion: str = Field(description="what it answered, greedily")
+    correct: bool = Field(description="whether that was right")
+    model_name: str = Field(description="name of the served model")
+    model_version: int = Field(description="registered version that is served")
+    fingerprint: str = Field(description="fingerprint of the artifact that is served")
+    seconds_to_ready: float = Field(description="from the start of the endpoint to its first sign of health, seconds")
+    latency_ms: float = Field(description="of the answer, milliseconds")
+
+
+class Deployment(StrictModel):
+    """What `deployment.json` holds."""
+
+    endpoint: dict[str, Any] = Field(description="the endpoint's record")
+    model_uri: str = Field(description="models:/<name>/<version>")
+    question: str = Field(description="the held-out question")
+    expected: str = Field(description="its right answer")
+    answer: dict[str, Any] = Field(description="the endpoint's whole answer, an OpenAI chat.completion")
+
+
+def _still_deployed(result: DeployResult, root: Path) -> bool:
+    """The endpoint still answers and serves the same artifact."""
+    from ling_flow.flow.context import Context
+    from ling_flow.serving.server import endpoint_status
+
+    status = endpoint_status(result.model_name, Context.from_environment().home)
+    if status is None or not status.healthy:
+        return False
+    return (status.endpoint.url, status.endpoint.fingerprint) == (result.url, result.fingerprint)
+
+
+@component(version=1, resources=Resources(cpus=2, memory_gib=4), still_valid=_still_deployed)
+def deploy(
+    config: DeployConfig, registration: Input[Metrics], deployment: Output[Metrics], step: Step
+) -> DeployResult:
+    """Serve the registry's champion, in place of what its endpoint served before, and ask it a held-out question."""
+    from ling_flow.data.reasoning import problems, score
+    from ling_flow.flow.context import Context
+    from ling_flow.flow.lineage import resolve_model
+    from ling_flow.flow.promotion import Registry
+    from ling_flow.serving.server import start_detached
+
+    where = f"{registration.ref}/registration.json"
+    record = parse(Registration, registration.read_json("registration.json"), where)
+    context = Context.from_environment()
+    champion = Registry.of(context).by_alias(record.model_name, "champion")
+    if champion is None:
+        reasons = "; ".join(verdict.sentence for verdict in record.verdicts if not verdict.passed)
+        raise UserError(f"{record.model_name}: nothing to deploy, no version is champion: gate failed ({reasons})")
+    if champion.number != record.version:
+        step.log(f"version {record.version} is not the champion; version {champion.number} is deployed")
+    model = resolve_model(champion.uri, context)
+
+    step.log(f"starting an endpoint for {champion.uri}")
+    started = time.monotonic()
+    endpoint = start_detached(
+        model.path, champion.name, champion.fingerprint, context.home, config.port, config.host, champion.number
+    )
+    ready = time.monotonic()
+    (problem,) = problems([config.task], 1, config.seed, "held_out")
+    answer = _ask(endpoint.url, problem.question, config.max_tokens)
+    latency = time.monotonic() - ready
+    completion = answer["choices"][0]["message"]["content"]
+    step.log(f"{endpoint.url}/v1 answers {problem.question!r}: {completion!r}")
+
+    written = Deployment(
+        endpoint=endpoint.model_dump(),
+        model_uri=champion.uri,
+        question=problem.question,
+        expected=problem.answer,
+        answer=answer,
+    )
+    (deployment.path / "deployment.json").write_text(written.model_dump_json(indent=2) + "\n")
+    return DeployResult(
+        url=endpoint.url,
+        completion=completion,
+        correct=score(problem, completion) == 1.0,
+        model_name=champion.name,
+        model_version=champion.number,
+        fingerprint=champion.fingerprint,
+        seconds_to_ready=round(ready - started, 3),
+        latency_ms=round(latency * 1000, 3),
+    )
+
+
+def _ask(url: str, question: str, max_tokens: int) -> dict[str, Any]:
+    """One request over HTTP, as any client would make it."""
+    body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": max_tokens}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        reason = error.read().decode(errors="replace")
+        raise SystemFault(f"{url}: refused the request that should prove it: {error.code} {reason}") from error
+    except (OSError, ValueError) as error:
+        raise SystemFault(f"{url}: did not answer the request that should prove it ({error})") from error
+    return answer

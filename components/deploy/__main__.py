@@ -1,0 +1,3 @@
+from components.deploy import deploy
+
+deploy.main()

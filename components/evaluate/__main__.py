@@ -1,0 +1,3 @@
+from components.evaluate import evaluate
+
+evaluate.main()

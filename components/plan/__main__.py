@@ -1,0 +1,3 @@
+from components.plan import plan
+
+plan.main()

@@ -1,0 +1,126 @@
+"""Presets of the whole lifecycle: Python functions that return a typed config. What to train, never where to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from components.capability_pass import CapabilityPassConfig
+from components.deploy import DeployConfig
+from components.evaluate import EvaluateConfig
+from components.fit_scaling_laws import FitScalingLawsConfig
+from components.merge_checkpoints import MergeCheckpointsConfig
+from components.preference_pass import PreferencePassConfig
+from components.prepare_data import PrepareDataConfig
+from components.pretrain import PretrainConfig
+from components.register import RegisterConfig
+from components.wind_tunnel import WindTunnelConfig
+from ling_flow.evaluation.gate import Gate
+from ling_flow.model.presets import model_preset
+from ling_flow.scaling.design import Rung, SweepDesign
+
+if TYPE_CHECKING:
+    from components.plan import LifecycleConfig
+
+SHORT_MIXTURE = {
+    "python_code": 0.2,
+    "python_prose": 0.2,
+    "reasoning_plain": 0.3,
+    "reasoning_cot": 0.2,
+    "reasoning_chat": 0.1,
+}
+MID_MIXTURE = {
+    "python_code": 0.12,
+    "python_prose": 0.12,
+    "reasoning_plain": 0.16,
+    "reasoning_cot": 0.3,
+    "reasoning_chat": 0.3,
+}
+LONG_MIXTURE = {
+    "python_code": 0.08,
+    "python_prose": 0.08,
+    "reasoning_plain": 0.09,
+    "reasoning_cot": 0.25,
+    "reasoning_chat": 0.5,
+}
+
+
+def tiny(seed: int) -> LifecycleConfig:
+    """Every phase for real in minutes on two CPU cores: 0.5 M active parameters, about 4 M tokens."""
+    from components.plan import LifecycleConfig
+
+    model = model_preset("tiny")
+    tokens = {"short": 2_000_000, "mid": 1_200_000, "long": 1_000_000}
+    return LifecycleConfig(
+        prepare_data=PrepareDataConfig(seed=seed),
+        wind_tunnel=WindTunnelConfig(
+            model=model,
+            design=SweepDesign(
+                rungs=(
+                    Rung(hidden_size=32, compute_flops=2.5e10),
+                    Rung(hidden_size=64, compute_flops=8e10),
+                    Rung(hidden_size=96, compute_flops=2e11),
+                ),
+                learning_rates=(2e-3, 4e-3, 8e-3),
+                batch_tokens=(1024, 2048, 4096),
+                sequence_length=128,
+                warmup_tokens=20_000,
+                validation_tokens=4096,
+            ),
+            mixture=SHORT_MIXTURE,
+            seed=seed,
+        ),
+        fit_scaling_laws=FitScalingLawsConfig(
+            model=model, tokens=sum(tokens.values()), sequence_length=128, seed=seed
+        ),
+        pretrain_short=PretrainConfig(
+            stage="short",
+            model=model,
+            tokens=tokens["short"],
+            sequence_length=128,
+            mixture=SHORT_MIXTURE,
+            checkpoints_saved=8,
+            checkpoints_kept=2,
+            seed=seed,
+        ),
+        pretrain_mid=PretrainConfig(
+            stage="mid",
+            model=model,
+            tokens=tokens["mid"],
+            sequence_length=192,
+            rope_theta=3e4,
+            mixture=MID_MIXTURE,
+            expert_bias_update_rate=1e-4,
+            checkpoints_saved=5,
+            checkpoints_kept=2,
+            seed=seed,
+        ),
+        pretrain_long=PretrainConfig(
+            stage="long",
+            model=model,
+            tokens=tokens["long"],
+            sequence_length=256,
+            rope_theta=1e5,
+            mixture=LONG_MIXTURE,
+            expert_bias_update_rate=1e-4,
+            checkpoints_saved=16,
+            checkpoints_kept=10,
+            seed=seed,
+        ),
+        merge_checkpoints=MergeCheckpointsConfig(last_k=10),
+        capability_pass=CapabilityPassConfig(seed=seed),
+        preference_pass=PreferencePassConfig(seed=seed),
+        evaluate=EvaluateConfig(seed=seed + 1),
+        register=RegisterConfig(
+            model_name="ling-tiny",
+            gates=(
+                Gate(metric="well_formed", threshold=0.9, min_change=-0.05),
+                Gate(metric="thinking_switch_obeyed", threshold=0.95, min_change=-0.05),
+                Gate(metric="exact_match_easiest", threshold=0.3, min_change=-0.1),
+            ),
+        ),
+        deploy=DeployConfig(seed=seed),
+    )
+
+
+PRESETS: dict[str, Callable[[int], LifecycleConfig]] = {"tiny": tiny}

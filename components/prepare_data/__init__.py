@@ -1,0 +1,99 @@
+"""Prepare data: sources → documents → tokenizer → token shards."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from ling_flow.config import StrictModel
+from ling_flow.data.documents import pin
+from ling_flow.data.reasoning import TaskSpec
+from ling_flow.data.sources import ReasoningSource, Source, StdlibSource
+from ling_flow.flow.component import Dataset, Output, Resources, Step, component
+
+TASKS = [
+    TaskSpec(name="chain_sum", difficulties=(1, 2, 3), weight=7),
+    TaskSpec(name="number_sorting", difficulties=(1,), weight=1),
+    TaskSpec(name="count_bits", difficulties=(1,), weight=1),
+    TaskSpec(name="gcd", difficulties=(1,), weight=1),
+]
+
+
+def default_sources() -> list[Source]:
+    """About four million tokens that any machine with Python has: its standard library, and procedural problems."""
+    return [
+        StdlibSource(name="python_code", part="code", max_characters=1_500_000),
+        StdlibSource(name="python_prose", part="prose", max_characters=1_500_000),
+        ReasoningSource(name="reasoning_plain", tasks=TASKS, style="plain", documents=8_000, problems_per_document=8),
+        ReasoningSource(name="reasoning_cot", tasks=TASKS, style="chain_of_thought", documents=8_000),
+        ReasoningSource(name="reasoning_chat", tasks=TASKS, style="chat", documents=8_000),
+    ]
+
+
+class PrepareDataConfig(StrictModel):
+    """What the corpus is made of."""
+
+    sources: list[Source] = Field(
+        default_factory=default_sources, min_length=1, description="where documents come from"
+    )
+    vocab_size: int = Field(1024, ge=265, description="token ids to learn, special tokens included")
+    validation_share: float = Field(
+        0.03, gt=0, le=0.5, description="share of the documents kept for validation, 0 to 0.5"
+    )
+    tokenizer_characters: int = Field(1_000_000, ge=1, description="characters the tokenizer learns from, in all")
+    seed: int = Field(0, ge=0, description="seed of sampling and of the procedural problems")
+
+    @field_validator("sources")
+    @classmethod
+    def _names_differ(cls, sources: list[Source]) -> list[Source]:
+        names = [source.name for source in sources]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"two sources are named '{twice}'; names must differ")
+        return sources
+
+
+class PrepareDataResult(StrictModel):
+    """What the corpus holds."""
+
+    tokens: int = Field(description="tokens of all sources, validation included")
+    documents: int = Field(description="different documents")
+    duplicates: int = Field(description="documents left out because the corpus already held them")
+    unigram_entropy: float = Field(
+        description="cross-entropy of validation under the training unigram, nats per token; a model must be below"
+    )
+    vocab_size: int = Field(description="token ids of the tokenizer, special tokens included")
+
+
+def _pinned(config: PrepareDataConfig) -> PrepareDataConfig:
+    return config.model_copy(update={"sources": [pin(source) for source in config.sources]})
+
+
+@component(version=1, resources=Resources(cpus=2, memory_gib=4), resolve=_pinned)
+def prepare_data(config: PrepareDataConfig, corpus: Output[Dataset], step: Step) -> PrepareDataResult:
+    """Read the sources, train the tokenizer, and write deduplicated token shards."""
+    from ling_flow.data.corpus import build_corpus
+
+    built = build_corpus(
+        corpus.path,
+        config.sources,
+        vocab_size=config.vocab_size,
+        validation_share=config.validation_share,
+        tokenizer_characters=config.tokenizer_characters,
+        seed=config.seed,
+        progress=step.progress,
+    )
+    statistics = built.statistics
+    for name, source in statistics.sources.items():
+        step.log(f"{name}: {source.tokens:,} tokens, {source.unigram_entropy:.3f} nats per token under its unigram")
+    corpus.contract.update(
+        tokenizer=statistics.tokenizer_digest,
+        chat_template=statistics.chat_template_digest,
+        vocab_size=statistics.vocab_size,
+    )
+    return PrepareDataResult(
+        tokens=statistics.tokens,
+        documents=statistics.documents,
+        duplicates=statistics.duplicates,
+        unigram_entropy=statistics.unigram_entropy,
+        vocab_size=statistics.vocab_size,
+    )

@@ -1,0 +1,3 @@
+from components.prepare_data import prepare_data
+
+prepare_data.main()

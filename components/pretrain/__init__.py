@@ -1,0 +1,249 @@
+"""Pre-training: one stage of a constant-rate run (WSM); the lifecycle has three, each going on from the one before."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from components.contracts import check_same_tokenizer
+from ling_flow.config import StrictModel, context_field
+from ling_flow.errors import UserError
+from ling_flow.flow.component import Dataset, Input, Metrics, Model, Output, Resources, Step, component
+from ling_flow.model.config import ModelConfig
+from ling_flow.scaling.law import Recommendation, ScalingLaw
+from ling_flow.training.settings import CheckpointIndex, OptimizerSettings, StageSettings
+
+METRIC_POINTS = 200  # training metrics tracked per stage
+
+
+class PretrainConfig(StrictModel):
+    """One stage of pre-training."""
+
+    stage: str = Field(pattern=r"^[a-z0-9_]+$", description="name of the stage")
+    model: ModelConfig = Field(
+        description="architecture; its max_position_embeddings is the longest context any stage may reach, tokens"
+    )
+    tokens: int = Field(gt=0, description="training budget of this stage, tokens")
+    sequence_length: int = Field(ge=2, description="tokens per sequence; the model's context grows to it")
+    mixture: dict[str, float] = Field(min_length=1, description="sampling weight of each corpus source, in any unit")
+    rope_theta: float | None = Field(None, gt=0, description="rotary base of this stage; null: that of `model`")
+    learning_rate: float | None = Field(None, gt=0, description="constant learning rate; null: from the scaling law")
+    batch_tokens: int | None = Field(
+        None, gt=0, description="tokens per step, rounded to whole sequences; null: from the scaling law"
+    )
+    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up at the start of the first stage")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
+    gradient_clip: float = Field(1.0, gt=0, description="largest global L2 norm of the gradient")
+    expert_bias_update_rate: float = Field(
+        1e-3, ge=0, description="change of an expert's bias per step; Ling 2.0 goes to 1e-4 when the context grows"
+    )
+    checkpoints_saved: int = Field(8, gt=0, description="checkpoints written, evenly spaced, the last at the end")
+    checkpoints_kept: int = Field(8, gt=0, description="newest checkpoints kept, for the merge")
+    validation_tokens: int = Field(16384, gt=0, description="validation tokens, per source")
+    tokens_per_forward: int = Field(
+        16384, gt=0, description="tokens per forward pass, which bounds memory; larger batches accumulate gradients"
+    )
+    seed: int = Field(0, ge=0, description="seed of initial weights and data order")
+    threads: int | None = context_field(
+        None,
+        why="how many cores a machine lends does not change the method; bits are equal for equal numbers of threads",
+        description="CPU threads; null: one per core",
+        gt=0,
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if any(weight < 0 for weight in self.mixture.values()) or not sum(self.mixture.values()) > 0:
+            raise ValueError(f"mixture: weights must be 0 or more and not all 0, got {self.mixture}")
+        if self.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length must be at most model.max_position_embeddings "
+                f"({self.model.max_position_embeddings}), got {self.sequence_length}"
+            )
+        if self.checkpoints_kept > self.checkpoints_saved:
+            saved, kept = self.checkpoints_saved, self.checkpoints_kept
+            raise ValueError(f"checkpoints_kept must be at most checkpoints_saved ({saved}), got {kept}")
+        if self.model.torch_dtype != "float32":
+            raise ValueError(
+                f"model.torch_dtype must be 'float32', got {self.model.torch_dtype!r}: "
+                "bfloat16 weights are too coarse for the optimizer's steps"
+            )
+        return self
+
+
+class PretrainResult(StrictModel):
+    """What the stage reached."""
+
+    validation_loss: float = Field(description="next-token cross-entropy weighted by the mixture, nats per token")
+    tokens_per_second: float = Field(description="training speed over the stage, tokens per second")
+    steps: int = Field(description="optimizer steps of this stage")
+    tokens: int = Field(description="tokens of this stage")
+    total_tokens: int = Field(description="tokens since the start of the run, over all stages")
+    learning_rate: float = Field(description="constant learning rate")
+    batch_tokens: int = Field(description="tokens per step")
+    load_violation: float = Field(description="max/mean - 1 of the experts' token counts, last step, mean of layers")
+    skipped_steps: int = Field(description="steps without an update: loss or gradient not finite")
+
+
+@component(
+    version=1,
+    resources=Resources(cpus=2, memory_gib=4),
+    resumable=True,
+    label=lambda config: f"pretrain_{config.stage}",
+)
+def pretrain(
+    config: PretrainConfig,
+    corpus: Input[Dataset],
+    scaling_law: Input[Metrics],
+    checkpoints: Output[Model],
+    step: Step,
+    previous: Input[Model] | None = None,
+) -> PretrainResult:
+    """Train one stage at a constant learning rate and keep its last checkpoints; resumes bit for bit after a kill."""
+    settings = stage_settings(config, ScalingLaw.load(scaling_law.path).recommendation)
+    source = None
+    if previous is not None:
+        check_same_tokenizer(previous, corpus)
+        source = previous.path / CheckpointIndex.load(previous.path).latest
+
+    import torch
+
+    from ling_flow.data.batches import Batches
+    from ling_flow.data.corpus import Corpus
+    from ling_flow.model.hf import read_config
+    from ling_flow.training.evaluate import mixture_loss, validation_loss
+    from ling_flow.training.loop import StepReport
+    from ling_flow.training.stage import open_stage, run_stage
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    opened = Corpus.open(corpus.path)
+    context_before = 0 if source is None else read_config(source).max_position_embeddings
+    run = open_stage(
+        checkpoints.path,
+        settings,
+        stage_model(config, opened.tokenizer.vocab_size, opened.tokenizer.eos_id, context_before),
+        seed=config.seed,
+        previous=source,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        log=step.log,
+    )
+    tokens_before = run.state.tokens - run.state.sequences * settings.sequence_length
+    batches = Batches(
+        opened,
+        config.mixture,
+        settings.sequence_length,
+        settings.sequences_per_batch,
+        config.seed,
+        first_sequence=tokens_before // settings.sequence_length,
+    )
+
+    def on_step(report: StepReport) -> None:
+        done = report.step - run.state.stage_start
+        text = f"lr {report.learning_rate:.3g}" + (" (skipped: not finite)" if report.skipped else "")
+        step.progress(done, settings.steps, text, loss=report.cross_entropy, tokens_per_second=report.tokens_per_second)
+        if done % max(1, settings.steps // METRIC_POINTS) == 0 or done == settings.steps:
+            step.metrics(
+                {
+                    "loss": report.loss,
+                    "cross_entropy": report.cross_entropy,
+                    "mtp_cross_entropy": report.mtp_cross_entropy,
+                    "gradient_norm": report.gradient_norm,
+                    "learning_rate": report.learning_rate,
+                    "load_violation": report.load_violation,
+                    "tokens_per_second": report.tokens_per_second,
+                },
+                step=report.step,
+            )
+
+    kept = run_stage(run, checkpoints.path, batches, settings, tokenizer_dir=opened.path / "tokenizer", on_step=on_step)
+    losses = validation_loss(
+        run.model, opened, settings.sequence_length, config.validation_tokens, sources=batches.sources
+    )
+    loss = mixture_loss(losses, config.mixture)
+    step.metrics(
+        {"validation_loss": loss} | {f"validation_loss/{name}": value for name, value in losses.items()},
+        step=run.state.step,
+    )
+    CheckpointIndex(
+        stage=config.stage,
+        latest=kept[-1].directory,
+        learning_rate=settings.optimizer.learning_rate,
+        batch_tokens=settings.batch_tokens,
+        sequence_length=settings.sequence_length,
+        mixture=config.mixture,
+        checkpoints=kept,
+    ).save(checkpoints.path)
+    checkpoints.contract.update(
+        corpus.contract,
+        context_length=run.model.config.max_position_embeddings,
+        precision=run.model.config.torch_dtype,
+    )
+    stage_tokens = settings.steps * settings.batch_tokens
+    return PretrainResult(
+        validation_loss=loss,
+        tokens_per_second=stage_tokens / run.state.seconds,
+        steps=settings.steps,
+        tokens=stage_tokens,
+        total_tokens=run.state.tokens,
+        learning_rate=settings.optimizer.learning_rate,
+        batch_tokens=settings.batch_tokens,
+        load_violation=run.state.load_violation,
+        skipped_steps=run.state.skipped_steps,
+    )
+
+
+def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> StageSettings:
+    """What the loop is told; learning rate and batch come from the law where the config leaves them open.
+
+    Raises:
+        UserError: the budget is too small for the checkpoints to keep.
+    """
+    wanted = config.batch_tokens or recommendation.batch_tokens
+    sequences = max(1, round(wanted / config.sequence_length))
+    steps = config.tokens // (sequences * config.sequence_length)
+    if steps < config.checkpoints_kept:
+        raise UserError(
+            f"pretrain.tokens: {config.tokens} make {steps} steps of {sequences * config.sequence_length} tokens, "
+            f"fewer than checkpoints_kept ({config.checkpoints_kept}); raise it, or lower batch_tokens"
+        )
+    return StageSettings(
+        stage=config.stage,
+        steps=steps,
+        sequence_length=config.sequence_length,
+        sequences_per_batch=sequences,
+        sequences_per_forward=max(1, config.tokens_per_forward // config.sequence_length),
+        optimizer=OptimizerSettings(
+            learning_rate=config.learning_rate or recommendation.learning_rate,
+            weight_decay=config.weight_decay,
+            gradient_clip=config.gradient_clip,
+        ),
+        warmup_steps=config.warmup_steps,
+        expert_bias_update_rate=config.expert_bias_update_rate,
+        checkpoints_saved=config.checkpoints_saved,
+        checkpoints_kept=config.checkpoints_kept,
+    )
+
+
+def stage_model(config: PretrainConfig, vocab_size: int, eos_id: int, context_before: int) -> ModelConfig:
+    """The model of this stage: context as long as any stage so far needed, special tokens of the corpus's tokenizer.
+
+    Args:
+        vocab_size, eos_id: of the corpus's tokenizer.
+        context_before: context of the stage before, tokens; 0 for the first.
+
+    Raises:
+        UserError: the model has fewer token ids than the corpus.
+    """
+    if config.model.vocab_size < vocab_size:
+        got = config.model.vocab_size
+        raise UserError(f"pretrain.model.vocab_size: must be at least that of the corpus ({vocab_size}), got {got}")
+    return config.model.model_copy(
+        update={
+            "max_position_embeddings": max(config.sequence_length, context_before),
+            "rope_theta": config.rope_theta or config.model.rope_theta,
+            "eos_token_id": eos_id,
+            "pad_token_id": eos_id,
+        }
+    )

@@ -1,0 +1,3 @@
+from components.pretrain import pretrain
+
+pretrain.main()

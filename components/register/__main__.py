@@ -1,0 +1,3 @@
+from components.register import register
+
+register.main()

@@ -1,0 +1,3 @@
+from components.wind_tunnel import wind_tunnel
+
+wind_tunnel.main()

@@ -1,0 +1,1 @@
+"""Pipelines in plain KFP v2 DSL, one file each."""

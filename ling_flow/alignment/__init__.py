@@ -1,0 +1,1 @@
+"""Decoupled fine-tuning, Evo-CoT rewards, rollouts and linguistic-unit policy optimisation."""

@@ -1,0 +1,257 @@
+"""`lingflow`: run, plan and compile DAGs; serve, trace and stop models; examine the machine.
+
+Nothing heavy is imported before a command needs it: `lingflow --help` imports none of torch, ray, mlflow, kfp.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ling_flow import __version__
+from ling_flow.errors import LingFlowError, UserError
+
+if TYPE_CHECKING:
+    from ling_flow.flow.dag import LoadedDag, Node
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+_CONFIG_FILE_KEYS = ("preset", "seed")
+
+
+@click.group(context_settings=CONTEXT_SETTINGS)
+@click.version_option(__version__, prog_name="lingflow")
+@click.option(
+    "--home", envvar="LING_FLOW_HOME", default=".lingflow", show_default=True, type=click.Path(file_okay=False),
+    help="Where artifacts, the tracking database and run logs live.",
+)  # fmt: skip
+def cli(home: str) -> None:
+    """From nothing to a served sparse Mixture-of-Experts language model, as one pipeline."""
+    os.environ["LING_FLOW_HOME"] = str(Path(home).absolute())
+
+
+def _dag_options(command: Any) -> Any:
+    """The options that choose a DAG and its parameters; shared by run, plan and compile."""
+    for option in (
+        click.argument("dag", default="lifecycle"),
+        click.option("--preset", help="Named sizes: tiny, small. [default: the DAG's own]"),
+        click.option("--seed", type=int, help="Seed of data order, initial weights, sampling."),
+        click.option(
+            "--set", "assignments", multiple=True, metavar="PHASE.FIELD=VALUE", help="Override one field; repeatable."
+        ),
+        click.option(
+            "--config", "config_file", type=click.Path(), help="YAML with preset, seed, and overrides by phase."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@_dag_options
+@click.option("--no-cache", is_flag=True, help="Redo every step although its artifact is there.")
+@click.option(
+    "--rebuild", multiple=True, metavar="STEP", help="Redo one step although its artifact is there; repeatable."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Last line of standard output: one JSON object with every figure."
+)
+def run(
+    dag: str,
+    preset: str | None,
+    seed: int | None,
+    assignments: Sequence[str],
+    config_file: str | None,
+    no_cache: bool,
+    rebuild: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Run DAG on this machine (default: lifecycle). Finished steps are served from their artifacts."""
+    from rich.console import Console
+
+    from ling_flow.flow.context import Context
+    from ling_flow.flow.live import summary_table
+    from ling_flow.flow.runner import run_local
+
+    loaded, arguments = _choose(dag, preset, seed, assignments, config_file)
+    nodes = _plan(loaded, arguments, frozenset(rebuild))
+    again = frozenset(node.label for node in nodes) if no_cache else frozenset(rebuild)
+    console = Console(stderr=True)
+    finished = run_local(loaded, arguments, nodes, Context.from_environment(), console, again)
+    console.print()
+    console.print(summary_table(finished.steps))
+    console.print(
+        f"\n{loaded.name} finished in {finished.seconds:.0f} s. Details: {finished.directory}", highlight=False
+    )
+    if as_json:
+        click.echo(json.dumps(finished.to_json()))
+
+
+@cli.command()
+@_dag_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object with every node, its fingerprint and reason.")
+def plan(
+    dag: str, preset: str | None, seed: int | None, assignments: Sequence[str], config_file: str | None, as_json: bool
+) -> None:
+    """Say what `run` would do, node by node: cached, or why not. Nothing is run."""
+    loaded, arguments = _choose(dag, preset, seed, assignments, config_file)
+    nodes = _plan(loaded, arguments, frozenset())
+    if as_json:
+        rows = [
+            {
+                "step": n.label,
+                "component": n.component.name,
+                "fingerprint": n.fingerprint,
+                "state": n.state,
+                "reason": n.reason,
+            }
+            for n in nodes
+        ]
+        click.echo(json.dumps({"dag": loaded.name, "nodes": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("step", "fingerprint", "", "why"):
+        table.add_column(column, overflow="fold")
+    for node in nodes:
+        table.add_row(node.label, node.fingerprint, node.state, node.reason)
+    Console().print(table)
+
+
+@cli.command("compile")
+@click.argument("dag", default="lifecycle")
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="File for KFP's IR YAML.")
+def compile_dag(dag: str, output: str) -> None:
+    """Write DAG as IR YAML that Kubeflow Pipelines takes."""
+    from ling_flow.flow.dag import compile_to, load_dag
+
+    compile_to(load_dag(dag), Path(output))
+    click.echo(f"wrote {output}", err=True)
+
+
+@cli.command()
+@click.argument("model_uri")
+@click.option("--port", type=click.IntRange(1, 65535), help="HTTP port. [default: the first free one from 8000]")
+def serve(model_uri: str, port: int | None) -> None:
+    """Serve MODEL_URI in the foreground with the OpenAI HTTP API, until Ctrl-C.
+
+    MODEL_URI: models:/NAME@champion, models:/NAME/3, models:/m-…, or a model directory.
+    """
+    from ling_flow.flow.context import Context
+    from ling_flow.flow.lineage import resolve_model
+    from ling_flow.serving.server import serve_foreground
+
+    model = resolve_model(model_uri, Context.from_environment())
+    serve_foreground(model.path, model.name, model.fingerprint, port)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def stop(as_json: bool) -> None:
+    """Stop the endpoints that deploy steps left running here."""
+    from ling_flow.flow.context import Context
+    from ling_flow.serving.server import stop_all
+
+    stopped = stop_all(Context.from_environment().home)
+    click.echo(
+        json.dumps({"stopped": stopped}) if as_json else f"stopped: {', '.join(stopped) or 'nothing was running'}"
+    )
+
+
+@cli.command()
+@click.argument("model_uri")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a tree.")
+def lineage(model_uri: str, as_json: bool) -> None:
+    """Trace MODEL_URI back: checkpoints, data, code version."""
+    from ling_flow.flow.context import Context
+    from ling_flow.flow.lineage import lineage_tree, render_tree, resolve_model
+
+    context = Context.from_environment()
+    tree = lineage_tree(resolve_model(model_uri, context))
+    if as_json:
+        click.echo(tree.model_dump_json())
+        return
+    from rich.console import Console
+
+    Console().print(render_tree(tree), soft_wrap=True)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def doctor(as_json: bool) -> None:
+    """Examine this machine: can it run the lifecycle?"""
+    from ling_flow.flow.context import Context
+    from ling_flow.flow.doctor import as_dicts, examine
+    from ling_flow.flow.tracking import default_tracking_uri
+
+    context = Context.from_environment()
+    checks = examine(context.home, context.tracking_uri or default_tracking_uri(context.home))
+    if as_json:
+        click.echo(json.dumps({"checks": as_dicts(checks)}))
+    else:
+        marks = {"ok": "✓", "warning": "!", "failed": "✗"}
+        for check in checks:
+            advice = f"  → {check.advice}" if check.advice else ""
+            click.echo(f"{marks[check.status]} {check.name:12} {check.found}{advice}")
+    if any(check.status == "failed" for check in checks):
+        sys.exit(3)
+
+
+def _choose(
+    dag: str, preset: str | None, seed: int | None, assignments: Sequence[str], config_file: str | None
+) -> tuple[LoadedDag, dict[str, Any]]:
+    """The DAG and its arguments: the file first, the command line over it."""
+    from ling_flow.config import merge, parse_overrides, read_yaml
+    from ling_flow.flow.dag import load_dag, pipeline_arguments
+
+    overrides = read_yaml(Path(config_file)) if config_file else {}
+    given: dict[str, Any] = {key: overrides.pop(key) for key in _CONFIG_FILE_KEYS if key in overrides}
+    given |= {name: value for name, value in {"preset": preset, "seed": seed}.items() if value is not None}
+    overrides = merge(overrides, parse_overrides(assignments))
+    if overrides:
+        given["overrides"] = json.dumps(overrides, sort_keys=True)
+    loaded = load_dag(dag)
+    return loaded, pipeline_arguments(loaded, given)
+
+
+def _plan(loaded: LoadedDag, arguments: dict[str, Any], rebuild: frozenset[str]) -> list[Node]:
+    from ling_flow.flow.artifact import ArtifactStore
+    from ling_flow.flow.context import Context
+    from ling_flow.flow.dag import make_plan
+    from ling_flow.flow.lint import lint
+
+    context = Context.from_environment()
+    for finding in lint(loaded.spec, loaded.pipeline, arguments):
+        if finding.where != "kfp":
+            if finding.severity == "error":
+                raise UserError(str(finding).removeprefix("error: "))
+            click.echo(str(finding), err=True)
+    return make_plan(loaded, arguments, ArtifactStore(context.artifacts, context.home / "cache"), rebuild)
+
+
+def main() -> None:
+    """Entry point: errors in one line, exit codes 2 (yours), 3 (the system's), 1 (ours, with a traceback)."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(UserError.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; run again to go on from here", err=True)
+        sys.exit(130)
+    except LingFlowError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

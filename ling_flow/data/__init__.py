@@ -1,0 +1,1 @@
+"""From sources to batches: documents, tokenizer, token shards, mixture, chat format and reasoning tasks."""

@@ -1,0 +1,22 @@
+"""Errors have a kind, and the kind decides what happens: who is told what, the exit code, whether a retry makes sense.
+
+Anything that is neither a `UserError` nor a `SystemFault` is a defect of ours and keeps its traceback (exit code 1).
+"""
+
+
+class LingFlowError(Exception):
+    """Base of the errors that are reported in one line instead of a traceback."""
+
+    exit_code = 1
+
+
+class UserError(LingFlowError):
+    """Something the user gave is wrong. One line that names the field or file and says what would be right; never retried."""
+
+    exit_code = 2
+
+
+class SystemFault(LingFlowError):
+    """The world failed (a server is away, a disk is full, a worker died). A retry may succeed."""
+
+    exit_code = 3

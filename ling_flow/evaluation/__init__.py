@@ -1,0 +1,1 @@
+"""Tasks, graders, reports and gates."""

@@ -1,0 +1,317 @@
+"""Artifacts: directories `<root>/<component>/<fingerprint>/` that hold `manifest.json` and one directory per output.
+
+A step's outputs grow in `<fingerprint>.partial/`, are hashed and synced, and become the artifact by one rename: an
+artifact is there whole or not at all. On an object store the step works in a local cache; files are uploaded and the
+manifest goes last, as commit mark. Reading an output verifies each of its files. A reference to an output is the text
+`<root>/<component>/<fingerprint>/<output>`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ling_flow.config import StrictModel, parse
+from ling_flow.errors import SystemFault, UserError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class File(StrictModel):
+    """One file of an artifact; `path` is relative to the artifact's directory, `size` in bytes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Parent(StrictModel):
+    """An input as it was given: where it was read from, and its identity `<fingerprint>/<output>`."""
+
+    ref: str
+    fingerprint: str
+
+
+class OutputRecord(StrictModel):
+    """What an output is: its kind (`system.Model`) and what its consumers must agree with."""
+
+    kind: str
+    contract: dict[str, Any]
+
+
+class Manifest(StrictModel):
+    """The record beside an artifact's files."""
+
+    schema_version: int
+    component: str
+    label: str
+    version: int
+    fingerprint: str
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    inputs: dict[str, Parent]
+    outputs: dict[str, OutputRecord]
+    result: dict[str, Any]
+    files: list[File]
+    code_version: str
+    created: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A reference to an output, taken apart."""
+
+    root: str
+    component: str
+    fingerprint: str
+    output: str
+
+    @staticmethod
+    def parse(text: str | Path) -> Ref:
+        """
+        Raises:
+            UserError: the text is not `<root>/<component>/<fingerprint>/<output>`.
+        """
+        parts = normal_root(str(text)).rsplit("/", 3)
+        if len(parts) != 4 or not all(parts[1:]):
+            raise UserError(f"{text}: not a step's output; expected <root>/<component>/<fingerprint>/<output>")
+        return Ref(*parts)
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.component}/{self.fingerprint}/{self.output}"
+
+
+def normal_root(root: str) -> str:
+    """Local paths become absolute, URLs keep their scheme; no slash at the end."""
+    root = root.removeprefix("file://").rstrip("/")
+    return root if "://" in root else os.path.abspath(os.path.expanduser(root))
+
+
+class ArtifactStore:
+    """The artifacts below `root`, a local directory or an fsspec URL; `cache` is where copies of remote ones lie."""
+
+    def __init__(self, root: str | Path, cache: Path) -> None:
+        self.root = normal_root(str(root))
+        self.remote: Any = None
+        if "://" in self.root:
+            self.remote = _file_system(self.root)
+            self.local = cache / hashlib.sha256(self.root.encode()).hexdigest()[:12]
+        else:
+            self.local = Path(self.root)
+
+    def ref(self, component: str, fingerprint: str, output: str) -> str:
+        return str(Ref(self.root, component, fingerprint, output))
+
+    def manifest(self, component: str, fingerprint: str) -> Manifest | None:
+        """The manifest of an artifact, None where there is no such artifact.
+
+        Raises:
+            UserError: the manifest is there but damaged.
+        """
+        where = f"{self.root}/{component}/{fingerprint}/{MANIFEST}"
+        try:
+            text = self._read_remote(where) if self.remote else Path(where).read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: damaged, not text; delete the directory {component}/{fingerprint}") from None
+        try:
+            manifest = parse(Manifest, text, where)
+        except UserError as error:
+            raise UserError(
+                f"{error}; damaged or of another version: delete the directory {component}/{fingerprint}"
+            ) from None
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise UserError(f"{where}: schema_version {manifest.schema_version}, but this code reads {SCHEMA_VERSION}")
+        if (manifest.component, manifest.fingerprint) != (component, fingerprint):
+            raise UserError(
+                f"{where}: belongs to {manifest.component}/{manifest.fingerprint}; was the directory renamed?"
+            )
+        return manifest
+
+    def check_sizes(self, manifest: Manifest) -> None:
+        """The cheap check: every file is there and has its size.
+
+        Raises:
+            UserError: one is not; the message names it and what to do.
+        """
+        directory = f"{self.root}/{manifest.component}/{manifest.fingerprint}"
+        if self.remote:
+            prefix = self.remote._strip_protocol(directory)
+            with _remote_errors(directory):
+                listing = self.remote.find(prefix, detail=True)
+            sizes = {name.removeprefix(prefix).lstrip("/"): info["size"] for name, info in listing.items()}
+            for file in manifest.files:
+                _check_size(file, sizes.get(file.path), directory, manifest)
+            return
+        for file in manifest.files:
+            path = Path(directory, file.path)
+            _check_size(file, path.stat().st_size if path.is_file() else None, directory, manifest)
+
+    def open(self, component: str, fingerprint: str, output: str) -> tuple[Path, Manifest]:
+        """The verified local directory of an output (remote ones are copied to the cache) and its artifact's manifest.
+
+        Raises:
+            UserError: there is no such output, or one of its files is missing or damaged.
+        """
+        manifest = self.manifest(component, fingerprint)
+        if manifest is None:
+            raise UserError(f"{self.ref(component, fingerprint, output)}: no such artifact (no {MANIFEST} above it)")
+        if output not in manifest.outputs:
+            known = ", ".join(manifest.outputs) or "none"
+            raise UserError(f"{self.root}/{component}/{fingerprint}: has no output '{output}'; outputs: {known}")
+        directory = self.local / component / fingerprint
+        for file in manifest.files:
+            if file.path.split("/", 1)[0] == output:
+                self._verify(file, directory, manifest)
+        path = directory / output
+        path.mkdir(parents=True, exist_ok=True)  # an output without files
+        return path, manifest
+
+    @contextlib.contextmanager
+    def lock(self, component: str, fingerprint: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """One process of this machine makes a given artifact, others wait. The kernel frees a killed process's lock."""
+        directory = self.local / ".locks"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(directory / f"{component}-{fingerprint}", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"{self.local}: cannot be used as artifact root ({error.strerror})") from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def partial(self, component: str, fingerprint: str) -> Path:
+        """Where an artifact grows."""
+        return self.local / component / f"{fingerprint}.partial"
+
+    def describe_files(self, component: str, fingerprint: str) -> list[File]:
+        """Hash and sync everything in the partial directory."""
+        directory = self.partial(component, fingerprint)
+        files = []
+        for path in sorted(directory.rglob("*")):
+            if path.is_symlink():
+                raise ValueError(f"{path}: an output holds files and directories, not symbolic links")
+            if path.is_file():
+                with path.open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    os.fsync(stream.fileno())
+                files.append(File(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest))
+        return files
+
+    def commit(self, manifest: Manifest) -> None:
+        """The partial directory becomes the artifact, in place of an older one."""
+        partial = self.partial(manifest.component, manifest.fingerprint)
+        final = partial.with_name(manifest.fingerprint)
+        text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        with (partial / MANIFEST).open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        for directory, _, _ in os.walk(partial):
+            _sync_directory(Path(directory))
+        old = partial.with_name(f"{manifest.fingerprint}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        _sync_directory(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        if self.remote:
+            self._upload(manifest, final)
+
+    def _upload(self, manifest: Manifest, directory: Path) -> None:
+        target = f"{self.root}/{manifest.component}/{manifest.fingerprint}"
+        with _remote_errors(target):
+            if self.remote.exists(f"{target}/{MANIFEST}"):
+                self.remote.rm_file(
+                    f"{target}/{MANIFEST}"
+                )  # first, so that a broken upload leaves no half-old artifact
+            for name in [*(file.path for file in manifest.files), MANIFEST]:
+                self.remote.put_file(str(directory / name), f"{target}/{name}")
+
+    def _verify(self, file: File, directory: Path, manifest: Manifest) -> None:
+        """See that a file is in `directory` and whole; where the artifact is remote, copy it there first."""
+        path = directory / file.path
+        shown = f"{self.root}/{manifest.component}/{manifest.fingerprint}"
+        if self.remote and not (path.is_file() and path.stat().st_size == file.size and _digest(path) == file.sha256):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.download")
+            try:
+                with _remote_errors(f"{shown}/{file.path}"):
+                    self.remote.get_file(f"{shown}/{file.path}", str(temporary))
+                temporary.rename(path)
+            except FileNotFoundError:
+                path.unlink(missing_ok=True)
+            finally:
+                temporary.unlink(missing_ok=True)
+        _check_size(file, path.stat().st_size if path.is_file() else None, shown, manifest)
+        if _digest(path) != file.sha256:
+            raise UserError(
+                f"{shown}/{file.path}: damaged, its SHA-256 differs from the manifest's; {_remedy(manifest)}"
+            )
+
+    def _read_remote(self, where: str) -> str:
+        with _remote_errors(where):
+            return self.remote.cat_file(where).decode()
+
+
+def _check_size(file: File, size: int | None, directory: str, manifest: Manifest) -> None:
+    if size == file.size:
+        return
+    what = "missing" if size is None else f"damaged, {size} bytes instead of {file.size}"
+    raise UserError(f"{directory}/{file.path}: {what}; {_remedy(manifest)}")
+
+
+def _remedy(manifest: Manifest) -> str:
+    directory = f"{manifest.component}/{manifest.fingerprint}"
+    return f"run again with --rebuild {manifest.label}, or delete the directory {directory}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_system(root: str) -> Any:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(root)[0]
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{root}: {error}") from None
+
+
+@contextlib.contextmanager
+def _remote_errors(where: str) -> Iterator[None]:
+    """Failures of an object store are the system's, a missing file is not a failure."""
+    try:
+        yield
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise
+    except Exception as error:
+        raise SystemFault(f"{where}: {type(error).__name__}: {error}") from error

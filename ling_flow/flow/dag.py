@@ -1,0 +1,304 @@
+"""A DAG as data: the compiled KFP graph, its nodes as our components, and the plan (what is cached, what runs, why).
+
+KFP executes the graph, here and on a cluster; this module only reads the PipelineSpec that KFP's own compiler makes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ling_flow.config import identity_of, parse
+from ling_flow.errors import UserError
+from ling_flow.flow.artifact import ArtifactStore, Manifest
+from ling_flow.flow.component import Component
+from ling_flow.flow.identity import code_version, fingerprint
+from ling_flow.flow.kfp_face import ENTRY_POINT, load_component
+
+
+@dataclass(frozen=True)
+class LoadedDag:
+    """A pipeline function found by name or file, and its PipelineSpec as plain data."""
+
+    name: str
+    pipeline: Any
+    spec: dict[str, Any]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Pipeline parameters and their defaults (None where there is none)."""
+        declared = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
+        return {name: _whole(given.get("defaultValue")) for name, given in declared.items()}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One task of a DAG, resolved: which component, with which config and inputs, and whether its artifact is there."""
+
+    task: str
+    label: str
+    component: Component
+    config: Any
+    inputs: Mapping[str, str | None]  # input name → reference "<root>/<component>/<fingerprint>/<output>"
+    fingerprint: str
+    cached: bool
+    reason: str
+    made_by: str  # code version of the artifact, "" where there is none
+    needs: tuple[str, ...] = field(default=())  # labels of the nodes it waits for
+
+    @property
+    def state(self) -> str:
+        """`cached` or `run`."""
+        return "cached" if self.cached else "run"
+
+
+def load_dag(name: str) -> LoadedDag:
+    """Find a pipeline: `lifecycle` is `dags/lifecycle.py`, else a path to a file; the function is called like the file.
+
+    Raises:
+        UserError: no such DAG, or the file defines no KFP pipeline of that name.
+    """
+    from google.protobuf import json_format
+
+    module = _load_module(name)
+    function_name = Path(name).stem
+    pipeline = getattr(module, function_name, None)
+    if pipeline is None or not hasattr(pipeline, "pipeline_spec"):
+        raise UserError(f"{name}: defines no @dsl.pipeline function called {function_name!r}")
+    return LoadedDag(function_name, pipeline, json_format.MessageToDict(pipeline.pipeline_spec))
+
+
+def _load_module(name: str) -> Any:
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"{name}: no such file")
+        sys.path.insert(0, str(Path.cwd()))  # a DAG of one's own imports components of one's own
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module  # KFP reads a function's source through its module
+        spec.loader.exec_module(module)
+        return module
+    if not re.fullmatch(r"\w+", name) or importlib.util.find_spec(f"dags.{name}") is None:
+        raise UserError(f"DAG {name!r}: not found; known: {', '.join(known_dags())}, or a path to a .py file")
+    return importlib.import_module(f"dags.{name}")
+
+
+def known_dags() -> list[str]:
+    """Names of the pipelines in `dags/`."""
+    spec = importlib.util.find_spec("dags")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return sorted(path.stem for place in places for path in Path(place).glob("*.py") if not path.stem.startswith("_"))
+
+
+def pipeline_arguments(dag: LoadedDag, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` (preset, overrides, seed…) as arguments of the pipeline, defaults filled in.
+
+    Raises:
+        UserError: the pipeline has no such parameter.
+    """
+    defaults = dag.parameters
+    for name in given:
+        if name not in defaults:
+            raise UserError(f"DAG {dag.name!r} takes no parameter {name!r}; it takes: {', '.join(defaults) or 'none'}")
+    return {**defaults, **given}
+
+
+def make_plan(
+    dag: LoadedDag, arguments: Mapping[str, Any], store: ArtifactStore, rebuild: frozenset[str]
+) -> list[Node]:
+    """Resolve every node in execution order: planners are evaluated, fingerprints follow from configs and edges.
+
+    Raises:
+        UserError: a config is wrong (the line names phase and field), or `rebuild` names no node.
+    """
+    nodes: dict[str, Node] = {}
+    results: dict[str, BaseModel] = {}
+    tasks = dag.spec["root"]["dag"]["tasks"]
+    for task in _in_order(tasks):
+        component = _component_of(dag.spec, tasks[task])
+        node = _resolve(dag, task, tasks[task], component, arguments, nodes, results, store, rebuild)
+        nodes[task] = node
+        if component.planner:
+            results[task] = component.evaluate(node.config)
+    labels = [node.label for node in nodes.values()]
+    for label in sorted(rebuild - set(labels)):
+        raise UserError(f"--rebuild {label}: no such step; steps are {', '.join(labels)}")
+    return list(nodes.values())
+
+
+def _in_order(tasks: Mapping[str, Any]) -> list[str]:
+    """Task names so that each comes after those it depends on, and otherwise in the order they were written."""
+    ordered: list[str] = []
+    waiting = list(tasks)
+    while waiting:
+        ready = next((task for task in waiting if set(tasks[task].get("dependentTasks", ())) <= set(ordered)), None)
+        if ready is None:
+            raise UserError(f"the graph has a cycle among {', '.join(waiting)}")
+        ordered.append(ready)
+        waiting.remove(ready)
+    return ordered
+
+
+def _component_of(spec: Mapping[str, Any], task: Mapping[str, Any]) -> Component:
+    name = task["componentRef"]["name"]
+    executor = spec["components"][name].get("executorLabel")
+    container = spec["deploymentSpec"]["executors"].get(executor, {}).get("container", {})
+    found = ENTRY_POINT.search(" ".join([*container.get("command", ()), *container.get("args", ())]))
+    if not found:
+        raise UserError(
+            f"task {task['taskInfo']['name']!r}: is not made by a ling_flow component's .kfp, so its identity is unknown"
+        )
+    return load_component(found[1])
+
+
+def _resolve(
+    dag: LoadedDag,
+    task: str,
+    spec: Mapping[str, Any],
+    component: Component,
+    arguments: Mapping[str, Any],
+    nodes: Mapping[str, Node],
+    results: Mapping[str, BaseModel],
+    store: ArtifactStore,
+    rebuild: frozenset[str],
+) -> Node:
+    given = {
+        name: _parameter(dag, task, source, arguments, results)
+        for name, source in spec.get("inputs", {}).get("parameters", {}).items()
+    }
+    config = component.parse_config(given if component.planner else given.get("config", "{}"))
+    if component.resolve:
+        config = component.resolve(config)
+    label = component.label_of(config)
+    inputs: dict[str, str | None] = {name: None for name in component.inputs}
+    identities: dict[str, str] = {}
+    upstream = {}
+    for name, source in spec.get("inputs", {}).get("artifacts", {}).items():
+        edge = source["taskOutputArtifact"]
+        producer = nodes[edge["producerTask"]]
+        identities[name] = f"{producer.fingerprint}/{edge['outputArtifactKey']}"
+        inputs[name] = store.ref(producer.component.name, producer.fingerprint, edge["outputArtifactKey"])
+        upstream[producer.label] = producer
+    key = fingerprint(component.name, component.version, config, identities)
+    cached, reason, made_by = _judge(component, label, key, identity_of(config), upstream, store, rebuild)
+    needs = tuple(nodes[name].label for name in spec.get("dependentTasks", ()))
+    return Node(task, label, component, config, inputs, key, cached, reason, made_by, needs)
+
+
+def _parameter(
+    dag: LoadedDag, task: str, source: Mapping[str, Any], arguments: Mapping[str, Any], results: Mapping[str, BaseModel]
+) -> Any:
+    if "runtimeValue" in source:
+        return source["runtimeValue"]["constant"]
+    if "componentInputParameter" in source:
+        return arguments[source["componentInputParameter"]]
+    output = source["taskOutputParameter"]
+    if output["producerTask"] not in results:
+        raise UserError(f"task {task!r}: its config comes from {output['producerTask']!r}, which is no planner")
+    value = getattr(results[output["producerTask"]], output["outputParameterKey"])
+    return value.model_dump_json() if isinstance(value, BaseModel) else value
+
+
+def _whole(value: Any) -> Any:
+    """Protobuf's Struct turns integers into doubles; turn whole ones back."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _judge(
+    component: Component,
+    label: str,
+    key: str,
+    identity: Mapping[str, Any],
+    upstream: Mapping[str, Node],
+    store: ArtifactStore,
+    rebuild: frozenset[str],
+) -> tuple[bool, str, str]:
+    """Whether the node is served from its artifact, why (not) in one sentence, and which code made the artifact."""
+    if label in rebuild:
+        return False, "asked for by --rebuild", ""
+    manifest = store.manifest(component.name, key)
+    if manifest is None:
+        return False, _why_missing(component, label, key, identity, upstream, store), ""
+    store.check_sizes(manifest)
+    result = parse(
+        component.result_model, manifest.result, f"{store.root}/{component.name}/{key}/manifest.json: result"
+    )
+    if component.still_valid and not component.still_valid(result, store.local):
+        return False, "its effect is gone: the registered version or the endpoint it made is no longer there", ""
+    if manifest.code_version != code_version():
+        return True, f"made by other code, {manifest.code_version}; --rebuild {label} redoes it", manifest.code_version
+    return True, "", manifest.code_version
+
+
+def _why_missing(
+    component: Component,
+    label: str,
+    key: str,
+    identity: Mapping[str, Any],
+    upstream: Mapping[str, Node],
+    store: ArtifactStore,
+) -> str:
+    """What differs from the newest artifact of the same step."""
+    waiting = [name for name, node in upstream.items() if not node.cached]
+    if component.resumable and store.partial(component.name, key).is_dir():
+        return "begun earlier and not finished; goes on from its last checkpoint"
+    if waiting:
+        return f"needs {', '.join(waiting)}"
+    newest: Manifest | None = None
+    for path in (store.local / component.name).glob(
+        "*/manifest.json"
+    ):  # of a remote store, those that were copied here
+        if path.parent.name.endswith((".partial", ".old")):
+            continue
+        manifest = store.manifest(component.name, path.parent.name)
+        if manifest and manifest.label == label and (newest is None or manifest.created > newest.created):
+            newest = manifest
+    if newest is None:
+        return "no artifact yet"
+    if newest.version != component.version:
+        return f"the component's version rose from {newest.version} to {component.version}"
+    changes = list(_differences(newest.identity, identity))
+    if not changes:
+        return f"other inputs than {newest.fingerprint}"
+    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """`path: old → new` for each leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    elif old != new:
+        shown = (text if len(text) <= 40 else f"{text[:37]}…" for text in (str(old), str(new)))
+        yield f"{path}: {' → '.join(shown)}"
+
+
+def compile_to(dag: LoadedDag, path: Path) -> None:
+    """Write the DAG as KFP's IR YAML, whole or not at all.
+
+    Raises:
+        UserError: the file is not called .yaml, or cannot be written.
+    """
+    from kfp import compiler
+
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path}: the file must end in .yaml, as Kubeflow Pipelines wants it")
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}.yaml")
+    try:
+        compiler.Compiler().compile(dag.pipeline, str(temporary))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,145 @@
+"""`lingflow doctor`: can this machine run the lifecycle? Each check says what it found and, if it fails, what helps."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+Status = Literal["ok", "warning", "failed"]
+
+PACKAGES = (
+    "torch",
+    "kfp",
+    "ray",
+    "mlflow",
+    "pydantic",
+    "tokenizers",
+    "safetensors",
+    "reasoning-gym",
+    "scipy",
+    "matplotlib",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `advice` is empty where there is nothing to do."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+def examine(home: Path, tracking_uri: str) -> list[Check]:
+    """Run every check; none of them changes anything but creating (and removing) a probe file in `home`."""
+    checks: list[Callable[[], Check]] = [
+        _python,
+        _packages,
+        _processors,
+        _memory,
+        lambda: _home(home),
+        lambda: _disk(home),
+        lambda: _tracking(tracking_uri),
+        _ray_address,
+        _accelerator,
+    ]
+    return [check() for check in checks]
+
+
+def as_dicts(checks: list[Check]) -> list[dict[str, str]]:
+    """The checks as plain data, for `--json`."""
+    return [asdict(check) for check in checks]
+
+
+def _python() -> Check:
+    return Check("python", "ok", ".".join(map(str, sys.version_info[:3])))
+
+
+def _packages() -> Check:
+    found, missing = [], []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Check(
+            "packages", "failed", f"missing: {', '.join(missing)}", "pip install 'ling-flow[cpu]', or make setup"
+        )
+    return Check("packages", "ok", ", ".join(found))
+
+
+def _processors() -> Check:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    if count < 2:
+        return Check("processors", "warning", str(count), "preset tiny is sized for two; expect twice the time")
+    return Check("processors", "ok", str(count))
+
+
+def _memory() -> Check:
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError):
+        return Check("memory", "warning", "unknown on this system", "preset tiny needs about 4 GiB")
+    if available < 4:
+        return Check("memory", "warning", f"{available:.1f} GiB free", "preset tiny needs about 4 GiB")
+    return Check("memory", "ok", f"{available:.1f} GiB free")
+
+
+def _home(home: Path) -> Check:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe = home / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        return Check(
+            "home", "failed", f"{home}: {error.strerror}", "set LING_FLOW_HOME to a directory you can write to"
+        )
+    return Check("home", "ok", str(home))
+
+
+def _disk(home: Path) -> Check:
+    place = home if home.exists() else Path.cwd()
+    free = shutil.disk_usage(place).free / 2**30
+    if free < 2:
+        return Check("disk", "warning", f"{free:.1f} GiB free", "preset tiny writes about 0.5 GiB")
+    return Check("disk", "ok", f"{free:.1f} GiB free")
+
+
+def _tracking(uri: str) -> Check:
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return Check("tracking", "ok", uri)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        with socket.create_connection((parts.hostname or "", port), timeout=2):
+            return Check("tracking", "ok", uri)
+    except OSError as error:
+        return Check("tracking", "failed", f"{uri}: {error}", "start the MLflow server or unset MLFLOW_TRACKING_URI")
+
+
+def _ray_address() -> Check:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        return Check("ray", "ok", "a local Ray is started when a step needs one")
+    return Check("ray", "ok", f"RAY_ADDRESS={address}")
+
+
+def _accelerator() -> Check:
+    try:
+        import torch
+    except ImportError:
+        return Check("accelerator", "failed", "torch cannot be imported", "make setup")
+    if torch.cuda.is_available():
+        return Check("accelerator", "ok", torch.cuda.get_device_name(0))
+    return Check("accelerator", "ok", f"none; torch {torch.__version__} on the CPU")

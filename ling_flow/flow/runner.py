@@ -1,0 +1,227 @@
+"""Run a DAG on this machine through `kfp.local`: KFP's own code executes the graph, each step in a process of its own.
+
+KFP prints much and says little: its output goes to a log file, the steps speak through their event file, and the caller
+gets a failed step's own error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ling_flow.errors import LingFlowError, SystemFault, UserError
+from ling_flow.flow.context import Context
+from ling_flow.flow.dag import LoadedDag, Node
+from ling_flow.flow.identity import code_version
+from ling_flow.flow.live import StepState, Watcher
+
+
+class DefectError(LingFlowError):
+    """A step failed by a defect of ours; the message carries its traceback."""
+
+
+@dataclass(frozen=True)
+class DagRun:
+    """A finished run."""
+
+    seconds: float
+    steps: list[StepState]
+    mlflow_run_id: str | None
+    directory: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `lingflow run --json` prints last."""
+        return {
+            "status": "succeeded",
+            "seconds": round(self.seconds, 2),
+            "mlflow_run_id": self.mlflow_run_id,
+            "phases": {
+                step.label: {
+                    "seconds": round(step.seconds, 2),
+                    "cached": step.status == "cached",
+                    "metrics": step.result,
+                    "artifacts": step.outputs,
+                }
+                for step in self.steps
+            },
+        }
+
+
+def run_local(
+    dag: LoadedDag,
+    arguments: Mapping[str, Any],
+    plan: Sequence[Node],
+    context: Context,
+    console: Console,
+    rebuild: frozenset[str] = frozenset(),
+) -> DagRun:
+    """Execute `dag`; finished steps are served from their artifacts, killed ones go on from their last checkpoint.
+
+    Raises:
+        UserError, SystemFault, DefectError: the failed step's own error, with its name in front.
+    """
+    from ling_flow.flow.tracking import default_tracking_uri, finish_dag_run, start_dag_run
+
+    directory = _run_directory(context.home, dag.name)
+    tracking_uri = context.tracking_uri or default_tracking_uri(context.home)
+    started = time.monotonic()
+    (directory / "plan.json").write_text(json.dumps([_summary(node) for node in plan], indent=1))
+    overrides = json.loads(arguments.get("overrides") or "{}")
+    parent = start_dag_run(
+        tracking_uri,
+        dag.name,
+        str(arguments.get("preset", "")),
+        overrides,
+        code_version(),
+        {"ling_flow.seed": str(arguments.get("seed", ""))},
+    )
+    environment = {
+        "LING_FLOW_HOME": str(context.home),
+        "LING_FLOW_ARTIFACTS": context.artifacts,
+        "LING_FLOW_EVENTS": str(directory / "events.jsonl"),
+        "LING_FLOW_REBUILD": ",".join(sorted(rebuild)),
+        "LING_FLOW_PARENT_RUN_ID": parent or "",
+        "MLFLOW_TRACKING_URI": tracking_uri,
+        "LING_FLOW_RUNNER_PID": str(os.getpid()),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])),
+    }
+    status = "failed"
+    watcher = Watcher(directory / "events.jsonl", [node.label for node in plan], console)
+    try:
+        with watcher, _environment(environment), _termination_as_interrupt():
+            _execute(dag, arguments, directory)
+        status = "finished"
+    except RuntimeError as error:  # kfp.local's only word for a failed task
+        raise _failure_of(watcher, directory, error) from None
+    except KeyboardInterrupt:
+        status = "killed"
+        raise
+    finally:
+        if parent:
+            _record_cached(tracking_uri, parent, plan, watcher)
+            finish_dag_run(tracking_uri, parent, status)
+    return DagRun(time.monotonic() - started, list(watcher.steps.values()), parent, directory)
+
+
+def _record_cached(tracking_uri: str, parent: str, plan: Sequence[Node], watcher: Watcher) -> None:
+    """A cached step returns before it would import MLflow; its place in the run tree is filled here."""
+    from ling_flow.flow.tracking import record_cached
+
+    for node in plan:
+        state = watcher.steps[node.label]
+        if state.status == "cached":
+            config, inputs = node.config.model_dump(mode="json"), {name: ref or "" for name, ref in node.inputs.items()}
+            record_cached(
+                tracking_uri,
+                parent,
+                node.label,
+                node.component.name,
+                node.fingerprint,
+                config,
+                inputs,
+                state.result,
+                node.made_by,
+            )
+
+
+def _run_directory(home: Path, name: str) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    directory = home / "runs" / f"{name}-{stamp}-{os.getpid()}"
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{home}: cannot be written to ({error.strerror}); set LING_FLOW_HOME to another directory"
+        ) from None
+    return directory
+
+
+def _summary(node: Node) -> dict[str, Any]:
+    return {
+        "step": node.label,
+        "component": node.component.name,
+        "fingerprint": node.fingerprint,
+        "state": node.state,
+        "reason": node.reason,
+        "config": node.config.model_dump(mode="json"),
+        "inputs": node.inputs,
+    }
+
+
+def _execute(dag: LoadedDag, arguments: Mapping[str, Any], directory: Path) -> None:
+    """KFP runs the graph; what it and the steps print goes to `log.txt`."""
+    from kfp import local
+
+    with (
+        (directory / "log.txt").open("w", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # about our image's name, and about requests that only a cluster honours
+        local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(directory / "kfp"))
+        dag.pipeline(**arguments)
+
+
+def _failure_of(watcher: Watcher, directory: Path, error: RuntimeError) -> LingFlowError:
+    """The failed step's own error. A step that died without a word was killed from outside: the system's fault."""
+    log = directory / "log.txt"
+    for state in watcher.failed():
+        assert state.error is not None
+        message = f"{state.label}: {state.error['message'].removeprefix(f'{state.label}: ')}"
+        if state.error["kind"] == "user":
+            return UserError(message)
+        if state.error["kind"] == "system":
+            return SystemFault(message)
+        return DefectError(
+            f"{message}\n{state.error.get('traceback', '')}(this is a defect of ling_flow; full log: {log})"
+        )
+    running = [state.label for state in watcher.steps.values() if state.status == "running"]
+    last = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-4:]
+    who = running[0] if running else str(error)
+    return SystemFault(
+        f"{who}: died without a word (killed, or out of memory?); run again to go on. Log: {log}\n" + "\n".join(last)
+    )
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Steps inherit the environment: set ours for the time of the run."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update({name: value for name, value in changes.items() if value})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does: steps see that their runner is gone and stop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

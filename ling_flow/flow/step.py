@@ -1,0 +1,260 @@
+"""Run one step: find its artifact or make it.
+
+resolve config → fingerprint → artifact there? return at once (nothing heavy is imported) → lock → run the body in a
+partial directory → hash, commit. A body that fails leaves no artifact; what a resumable one wrote stays for its next
+try.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ling_flow.config import identity_of, parse
+from ling_flow.errors import SystemFault, UserError
+from ling_flow.flow import events
+from ling_flow.flow.artifact import SCHEMA_VERSION, ArtifactStore, Manifest, OutputRecord, Parent, Ref
+from ling_flow.flow.component import HTML, Component, Input, Output, Step
+from ling_flow.flow.context import Context
+from ling_flow.flow.identity import code_version, fingerprint
+
+if TYPE_CHECKING:
+    from ling_flow.flow.tracking import NullTracker
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave.
+
+    Attributes:
+        result: the component's result model.
+        refs: output name → reference, to be given to other steps anywhere.
+        seconds: what making the artifact took, also when it was not made now (`cached`).
+    """
+
+    component: Component
+    label: str
+    fingerprint: str
+    cached: bool
+    result: Any
+    refs: dict[str, str]
+    seconds: float
+    manifest: Manifest
+    store: ArtifactStore
+
+    def path(self, name: str) -> Path:
+        """Local directory of an output; on a remote root it is copied here first."""
+        if not self.store.remote:
+            return Path(self.refs[name])
+        return self.store.open(self.component.name, self.fingerprint, name)[0]
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """Output name → local directory."""
+        return {name: self.path(name) for name in self.refs}
+
+
+def run_step(
+    component: Component,
+    config: Any,
+    inputs: Mapping[str, str | Path | None],
+    *,
+    root: str | Path | None = None,
+    tracker: NullTracker | None = None,
+    rebuild: bool = False,
+) -> Outcome:
+    """Make the step's artifact, or return the one that is there.
+
+    Raises:
+        UserError: an input is missing, of the wrong kind, unknown or damaged; or the artifact found is damaged.
+        SystemFault: a disk is full, an object store does not answer.
+    """
+    context = Context.from_environment()
+    cache = context.home / "cache"
+    store = ArtifactStore(root or context.artifacts, cache)
+    if component.resolve:
+        config = component.resolve(config)
+    refs = _check_inputs(component, inputs, cache)
+    parents = {name: Parent(ref=str(ref), fingerprint=f"{ref.fingerprint}/{ref.output}") for name, ref in refs.items()}
+    identity = {name: parent.fingerprint for name, parent in parents.items()}
+    key = fingerprint(component.name, component.version, config, identity)
+    label = component.label_of(config)
+    rebuild = rebuild or bool({label, component.name} & context.rebuild)
+
+    outcome = None if rebuild else _find(component, label, key, store)
+    if outcome is None:
+        with store.lock(
+            component.name, key, lambda: events.emit("log", step=label, text="waiting: another process makes it")
+        ):
+            outcome = None if rebuild else _find(component, label, key, store)  # made while we waited
+            if outcome is None:
+                given = _open_inputs(refs, cache)
+                if tracker is None:
+                    from ling_flow.flow.tracking import open_tracker
+
+                    tracker = open_tracker(context)
+                try:
+                    outcome = _make(component, config, given, parents, label, key, store, tracker, clean=rebuild)
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise SystemFault(f"{label}: no space left for {error.filename or store.local}") from error
+                    raise
+    events.emit(
+        "done", step=label, fingerprint=key, cached=outcome.cached, seconds=outcome.seconds,
+        result=outcome.manifest.result, outputs=outcome.refs,
+    )  # fmt: skip
+    return outcome
+
+
+def exit_on_sigterm() -> None:
+    """For a process that is one step: being told to end (a deleted pod) unwinds the step, which then clears up."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def _check_inputs(component: Component, inputs: Mapping[str, str | Path | None], cache: Path) -> dict[str, Ref]:
+    """The inputs given, as references to artifacts that exist and have the declared kind; files are not read yet."""
+    refs = {}
+    for name, spec in component.inputs.items():
+        given = inputs.get(name)
+        if given is None:
+            if not spec.optional:
+                raise UserError(
+                    f"{component.name}: input '{name}' is missing; give it a step's output ({spec.kind.__name__})"
+                )
+            continue
+        ref = Ref.parse(given)
+        manifest = ArtifactStore(ref.root, cache).manifest(ref.component, ref.fingerprint)
+        if manifest is None:
+            raise UserError(
+                f"{component.name}: input '{name}': {given} is not a step's output (no manifest.json above it)"
+            )
+        if ref.output not in manifest.outputs:
+            known = ", ".join(manifest.outputs) or "none"
+            raise UserError(f"{component.name}: input '{name}': {given}: no such output; {ref.component} has: {known}")
+        kind = manifest.outputs[ref.output].kind
+        if kind != spec.kind.schema_title:
+            raise UserError(f"{component.name}: input '{name}' must be a {spec.kind.__name__}, but {given} is a {kind}")
+        refs[name] = ref
+    unknown = set(inputs) - set(component.inputs)
+    if unknown:
+        known = ", ".join(component.inputs) or "none"
+        raise UserError(f"{component.name}: no input called '{min(unknown)}'; inputs: {known}")
+    return refs
+
+
+def _open_inputs(refs: Mapping[str, Ref], cache: Path) -> dict[str, Input[Any]]:
+    """The inputs as verified local directories."""
+    inputs = {}
+    for name, ref in refs.items():
+        path, manifest = ArtifactStore(ref.root, cache).open(ref.component, ref.fingerprint, ref.output)
+        inputs[name] = Input[Any](str(ref), path, ref.fingerprint, manifest.outputs[ref.output].contract)
+    return inputs
+
+
+def _find(component: Component, label: str, key: str, store: ArtifactStore) -> Outcome | None:
+    """The step's finished artifact, if it is there and its side effects still stand."""
+    manifest = store.manifest(component.name, key)
+    if manifest is None:
+        return None
+    store.check_sizes(manifest)
+    try:
+        outcome = _outcome(component, label, manifest, store, cached=True)
+    except UserError as error:
+        raise UserError(f"{error}; it was made by other code, run again with --rebuild {label}") from None
+    if component.still_valid and not component.still_valid(outcome.result, store.local):
+        events.emit("log", step=label, text="was done before, but its effect is gone: doing it again")
+        return None
+    return outcome
+
+
+def _make(
+    component: Component,
+    config: Any,
+    inputs: Mapping[str, Input[Any]],
+    parents: dict[str, Parent],
+    label: str,
+    key: str,
+    store: ArtifactStore,
+    tracker: NullTracker,
+    clean: bool,
+) -> Outcome:
+    """Run the body and commit what it made."""
+    partial = store.partial(component.name, key)
+    if clean or not component.resumable:
+        shutil.rmtree(partial, ignore_errors=True)
+    outputs: dict[str, Output[Any]] = {name: Output(partial / name) for name in component.outputs}
+    for directory in (partial, *(output.path for output in outputs.values())):
+        directory.mkdir(parents=True, exist_ok=True)
+    arguments: dict[str, Any] = {**dict.fromkeys(component.inputs), **inputs, **outputs}
+    if component.takes_step:
+        arguments["step"] = Step(label, store.local, tracker, code_version())
+
+    dumped = config.model_dump(mode="json")
+    events.emit("start", step=label, component=component.name, fingerprint=key)
+    lineage = {name: parent.model_dump() for name, parent in parents.items()}
+    tracker.start_step(label, component.name, key, dumped, lineage)
+    started = time.monotonic()
+    try:
+        result = component.body(config, **arguments)
+        _check_result(component, label, result, outputs)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            component=component.name,
+            label=label,
+            version=component.version,
+            fingerprint=key,
+            config=dumped,
+            identity=identity_of(config),
+            inputs=parents,
+            outputs={
+                name: OutputRecord(kind=component.outputs[name].kind.schema_title, contract=output.contract)
+                for name, output in outputs.items()
+            },
+            result=result.model_dump(mode="json"),
+            files=store.describe_files(component.name, key),
+            code_version=code_version(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        store.commit(manifest)
+    except BaseException:
+        if not component.resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        tracker.finish({}, "failed")
+        raise
+    tracker.finish(manifest.result, "finished")
+    return _outcome(component, label, manifest, store, cached=False)
+
+
+def _check_result(component: Component, label: str, result: Any, outputs: Mapping[str, Output[Any]]) -> None:
+    """
+    Raises:
+        TypeError: the body broke its declaration.
+        UserError: a number of the result is not finite, so training diverged.
+    """
+    if not isinstance(result, component.result_model):
+        raise TypeError(
+            f"{component.name} returned a {type(result).__name__}, declared {component.result_model.__name__}"
+        )
+    for name, value in result.model_dump().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{label}: result {name} is {value}: the computation diverged with this config")
+    for name, output in outputs.items():
+        if component.outputs[name].kind is HTML and not (output.path / "index.html").is_file():
+            raise TypeError(f"{component.name} wrote no {name}/index.html, which an HTML output needs")
+
+
+def _outcome(component: Component, label: str, manifest: Manifest, store: ArtifactStore, cached: bool) -> Outcome:
+    directory = f"{store.root}/{manifest.component}/{manifest.fingerprint}"
+    result = parse(component.result_model, manifest.result, f"{directory}/manifest.json: result")
+    refs = {name: store.ref(manifest.component, manifest.fingerprint, name) for name in manifest.outputs}
+    return Outcome(component, label, manifest.fingerprint, cached, result, refs, manifest.seconds, manifest, store)

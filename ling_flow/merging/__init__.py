@@ -1,0 +1,1 @@
+"""WSM: merge weights from decay curves, and the streaming merge of checkpoints."""

@@ -1,0 +1,1 @@
+"""The Ling 2.0 model: configuration, presets, modules, Hugging Face files, cost."""

@@ -1,0 +1,95 @@
+"""The chat application on Ray Serve. The only module of the library that imports Ray, and only inside its functions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers are small; 75 MiB is Ray's minimum
+
+
+def application(model_dir: Path, model_name: str, fingerprint: str) -> Any:
+    """The Ray Serve application: one replica that holds the model of the checkpoint directory `model_dir`."""
+    from ray import serve
+
+    def build() -> Any:
+        from ling_flow.serving.app import build_app
+        from ling_flow.serving.chat import ChatModel
+
+        return build_app(ChatModel.load(model_dir), model_name, fingerprint)
+
+    deployment = serve.deployment(
+        serve.ingress(build)(),
+        name="chat",
+        ray_actor_options={"num_cpus": 1},
+        max_ongoing_requests=16,
+        max_constructor_retry_count=1,  # a checkpoint that cannot be read will not be readable the next time
+        graceful_shutdown_wait_loop_s=0.1,
+    )
+    return deployment.bind()
+
+
+def run_until_signal(
+    model_dir: Path, model_name: str, fingerprint: str, host: str, port: int, on_ready: Callable[[], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM, on the cluster of RAY_ADDRESS or on a small one of our own that ends with us.
+
+    Raises:
+        RuntimeError: the application did not come up; the message holds the replica's error.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address:
+        # In spite of its name, on every system: Ray's own ports, which know no password, stay off the network.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    import ray
+    from ray import serve
+
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "ling_flow"}
+    temporary = None
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        # A directory of its own keeps this cluster apart from any other on the machine. Ray picks free ports by itself.
+        temporary = tempfile.mkdtemp(prefix="lf-")
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=temporary,
+            **quiet,
+        )
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        logging = {"log_level": "ERROR"}
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=logging)
+        try:
+            serve.run(application(model_dir, model_name, fingerprint), name=model_name, logging_config=logging)
+        except RuntimeError as error:
+            raise RuntimeError(_reason(model_name) or str(error)) from None
+        on_ready()
+        stop.wait()
+        serve.delete(model_name)
+    finally:
+        ray.shutdown()
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _reason(name: str) -> str:
+    """Why the application did not come up: the last line of the replica's own error, "" where Ray knows none."""
+    from ray import serve
+
+    status = serve.status().applications.get(name)
+    messages = [deployment.message for deployment in status.deployments.values()] if status else []
+    lines = [line.strip() for line in "\n".join(messages).splitlines() if line.strip()]
+    return lines[-1].removeprefix("ling_flow.errors.UserError: ") if lines else ""

@@ -1,0 +1,260 @@
+"""Endpoints of this machine: serve in the foreground, or start, look at and stop background ones. No torch, no Ray.
+
+A background endpoint is a process in a session of its own, with `<home>/endpoints/<name>.json` (its record),
+`<name>.log` (all its output) and `<name>.lock` (held while it runs). Its starter may exit: it inherits no pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ling_flow.config import StrictModel, parse
+from ling_flow.errors import SystemFault, UserError
+
+FIRST_PORT = 8000
+START_SECONDS = 120.0  # a large checkpoint takes its time
+STOP_SECONDS = 20.0
+LOCALHOST = "127.0.0.1"
+
+
+class Endpoint(StrictModel):
+    """A background endpoint, as its record file holds it."""
+
+    name: str = Field(description="name of the served model")
+    url: str = Field(description="base URL, without /v1")
+    pid: int = Field(description="process id of the server, also the id of its session")
+    fingerprint: str = Field(description="fingerprint of the artifact it serves")
+    model_dir: str = Field(description="checkpoint directory it serves")
+    version: int | None = Field(description="registered model version, null where it did not come from the registry")
+    log: str = Field(description="file with its output")
+
+
+class EndpointStatus(StrictModel):
+    """What an endpoint says of itself now."""
+
+    endpoint: Endpoint = Field(description="its record")
+    running: bool = Field(description="whether its process is there")
+    healthy: bool = Field(description="whether it answers and serves what its record says")
+
+
+def serve_foreground(
+    model_dir: Path, model_name: str, port: int | None, fingerprint: str, host: str = LOCALHOST
+) -> None:
+    """Serve a checkpoint directory until SIGINT or SIGTERM; prints one line when it answers.
+
+    Args:
+        port: TCP port; None takes the first free one from 8000.
+        host: address to listen on; anything but 127.0.0.1 lets other machines in, without a password.
+
+    Raises:
+        UserError: no checkpoint there, or the port is taken.
+        SystemFault: Ray or the application did not come up.
+    """
+    from ling_flow.serving.ray_app import run_until_signal
+
+    _check_model_dir(model_dir)
+    port = _pick_port(port, host)
+
+    def ready() -> None:
+        print(f"serving {model_name} ({fingerprint}) at http://{host}:{port}/v1", flush=True)
+
+    try:
+        run_until_signal(model_dir.absolute(), model_name, fingerprint, host, port, ready)
+    except (RuntimeError, ConnectionError, TimeoutError) as error:
+        raise SystemFault(f"serving {model_dir} failed: {error}") from error
+
+
+def start_detached(
+    model_dir: Path,
+    model_name: str,
+    fingerprint: str,
+    home: Path,
+    port: int | None = None,
+    host: str = LOCALHOST,
+    version: int | None = None,
+) -> Endpoint:
+    """Start a background endpoint called `model_name` and wait until it answers.
+
+    An endpoint of that name that serves something else, or does not answer, is stopped first and its port used again;
+    one that serves the same artifact is returned as it is.
+
+    Raises:
+        UserError: no checkpoint there, or the port is taken.
+        SystemFault: it did not come up; the message holds the end of its log.
+    """
+    _check_model_dir(model_dir)
+    old = endpoint_status(model_name, home)
+    if old is not None:
+        same_place = port is None or old.endpoint.url == f"http://{host}:{port}"
+        if old.healthy and old.endpoint.fingerprint == fingerprint and same_place:
+            return old.endpoint
+        stop_endpoint(model_name, home)
+        if port is None and _is_free(host, old_port := int(old.endpoint.url.rpartition(":")[2])):
+            port = old_port
+    port = _pick_port(port, host)
+    log = _file(model_name, home, "log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [str(model_dir.absolute()), model_name, fingerprint, host, str(port)]
+    with log.open("wb") as output, _file(model_name, home, "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ling_flow.serving", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock.fileno()],
+            start_new_session=True,
+        )
+    endpoint = Endpoint(
+        name=model_name,
+        url=f"http://{host}:{port}",
+        pid=process.pid,
+        fingerprint=fingerprint,
+        model_dir=str(model_dir.absolute()),
+        version=version,
+        log=str(log),
+    )
+    _write(_file(model_name, home, "json"), endpoint)
+    try:
+        _wait_healthy(endpoint, process)
+    except BaseException:
+        stop_endpoint(model_name, home)
+        raise
+    return endpoint
+
+
+def endpoint_status(name: str, home: Path) -> EndpointStatus | None:
+    """The state of the endpoint `name`, None where there is none."""
+    path = _file(name, home, "json")
+    try:
+        endpoint = parse(Endpoint, path.read_text(), str(path))
+    except FileNotFoundError:
+        return None
+    running = _running(name, home)
+    return EndpointStatus(endpoint=endpoint, running=running, healthy=running and _serves(endpoint))
+
+
+def list_endpoints(home: Path) -> list[EndpointStatus]:
+    """All background endpoints that have a record, by name."""
+    found = [endpoint_status(path.stem, home) for path in sorted((home / "endpoints").glob("*.json"))]
+    return [status for status in found if status is not None]
+
+
+def stop_endpoint(name: str, home: Path) -> bool:
+    """Stop the endpoint `name` and remove its record (its log stays); whether there was one."""
+    status = endpoint_status(name, home)
+    if status is None:
+        return False
+    if status.running:
+        _stop_process(status.endpoint, home)
+    _file(name, home, "json").unlink(missing_ok=True)
+    return True
+
+
+def stop_all(home: Path) -> list[str]:
+    """Stop every background endpoint; their names."""
+    names = [status.endpoint.name for status in list_endpoints(home)]
+    return [name for name in names if stop_endpoint(name, home)]
+
+
+def _file(name: str, home: Path, suffix: str) -> Path:
+    return home.absolute() / "endpoints" / f"{name}.{suffix}"
+
+
+def _write(path: Path, endpoint: Endpoint) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(endpoint.model_dump_json(indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _check_model_dir(model_dir: Path) -> None:
+    if not (model_dir / "config.json").is_file():
+        raise UserError(f"{model_dir}: no config.json there; give a Hugging Face checkpoint directory")
+
+
+def _pick_port(port: int | None, host: str) -> int:
+    if port is None:
+        return next(candidate for candidate in range(FIRST_PORT, 65536) if _is_free(host, candidate))
+    if not _is_free(host, port):
+        raise UserError(f"port: {port} is taken on {host}; choose another, or none to get the first free one")
+    return port
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def _wait_healthy(endpoint: Endpoint, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _serves(endpoint):
+        if process.poll() is not None:
+            raise SystemFault(f"endpoint {endpoint.name} ended while it started: {_tail(endpoint)}")
+        if time.monotonic() > deadline:
+            raise SystemFault(f"endpoint {endpoint.name} gave no answer within {START_SECONDS:g} s: {_tail(endpoint)}")
+        time.sleep(0.1)
+
+
+def _serves(endpoint: Endpoint) -> bool:
+    """Whether the endpoint answers and says that it serves what its record says."""
+    try:
+        health = _get_json(f"{endpoint.url}/health")
+    except (OSError, ValueError):
+        return False
+    return bool(health.get("fingerprint") == endpoint.fingerprint)
+
+
+def _get_json(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(url, timeout=5) as response:
+        answer = json.load(response)
+    return answer if isinstance(answer, dict) else {}
+
+
+def _tail(endpoint: Endpoint) -> str:
+    """The last lines of the log, for an error message."""
+    lines = Path(endpoint.log).read_text(errors="replace").strip().splitlines()
+    return " | ".join(line.strip() for line in lines[-8:] if line.strip()) or "its log is empty"
+
+
+def _running(name: str, home: Path) -> bool:
+    """Whether the server's process is there: it holds the lock file from before its birth until its end.
+
+    A process id in a file proves nothing, the kernel uses it again.
+    """
+    path = _file(name, home, "lock")
+    if not path.exists():
+        return False
+    with path.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def _stop_process(endpoint: Endpoint, home: Path) -> None:
+    os.kill(endpoint.pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while _running(endpoint.name, home) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(endpoint.pid, signal.SIGKILL)  # whatever is left of its session

@@ -1,0 +1,111 @@
+"""What a training run is told: optimizer, one stage, and the record a stage leaves behind. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ling_flow.config import StrictModel, parse
+from ling_flow.errors import UserError
+
+INDEX_FILE = "checkpoints.json"
+
+
+class OptimizerSettings(StrictModel):
+    """AdamW as Ling 2.0 trains with it (§3.2); eps is that of Ling-1, since the report does not state it."""
+
+    learning_rate: float = Field(gt=0, description="peak learning rate, per step")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the first and second moment, per step")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices, per unit of learning rate")
+    gradient_clip: float = Field(1.0, gt=0, description="largest global L2 norm of the gradient")
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        return self
+
+
+class StageSettings(StrictModel):
+    """One stage of a constant-rate run."""
+
+    stage: str = Field(min_length=1, description="name of the stage")
+    steps: int = Field(gt=0, description="optimizer steps of this stage")
+    sequence_length: int = Field(gt=1, description="tokens per sequence")
+    sequences_per_batch: int = Field(gt=0, description="sequences per optimizer step")
+    sequences_per_forward: int = Field(
+        gt=0, description="sequences per forward pass; the rest by gradient accumulation"
+    )
+    optimizer: OptimizerSettings = Field(description="AdamW")
+    warmup_steps: int = Field(ge=0, description="steps of linear warm-up at the very start of the run")
+    expert_bias_update_rate: float = Field(ge=0, description="change of an expert's bias per step")
+    checkpoints_saved: int = Field(gt=0, description="checkpoints written, evenly spaced, the last at the end")
+    checkpoints_kept: int = Field(gt=0, description="newest checkpoints kept for merging")
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.sequence_length * self.sequences_per_batch
+
+    @property
+    def save_every(self) -> int:
+        """Steps between two checkpoints."""
+        return max(1, self.steps // self.checkpoints_saved)
+
+
+class TrainingState(StrictModel):
+    """Where a run stands; with weights and moments, all it takes to go on as if never interrupted."""
+
+    stage: str = Field(description="stage in which this was saved")
+    step: int = Field(ge=0, description="optimizer steps done since the start of the run, over all stages")
+    stage_start: int = Field(ge=0, description="value of `step` at which the stage began")
+    tokens: int = Field(ge=0, description="tokens seen since the start of the run")
+    sequences: int = Field(ge=0, description="sequences drawn in this stage")
+    skipped_steps: int = Field(ge=0, description="steps of this stage without an update: loss or gradient not finite")
+    seconds: float = Field(ge=0, description="time spent in this stage's steps, seconds")
+    load_violation: float = Field(
+        description="max/mean - 1 of the experts' token counts in the last step, mean of layers"
+    )
+    settings: StageSettings = Field(description="what the stage was told")
+
+
+class CheckpointEntry(StrictModel):
+    """One checkpoint of a stage."""
+
+    directory: str = Field(description="its directory, beside the index")
+    step: int = Field(description="optimizer steps since the start of the run")
+    tokens: int = Field(description="tokens since the start of the run")
+
+
+class CheckpointIndex(StrictModel):
+    """`checkpoints.json`: what a finished stage leaves to the next stage and to the merge."""
+
+    schema_version: Literal[1] = 1
+    stage: str = Field(description="name of the stage")
+    latest: str = Field(description="directory of the newest checkpoint, the only one with training state")
+    learning_rate: float = Field(description="constant learning rate of the stage")
+    batch_tokens: int = Field(description="tokens per optimizer step")
+    sequence_length: int = Field(description="tokens per sequence")
+    mixture: dict[str, float] = Field(description="sampling weight of each source")
+    checkpoints: list[CheckpointEntry] = Field(min_length=1, description="oldest first")
+
+    def save(self, directory: Path) -> None:
+        """Write `checkpoints.json` into the existing `directory`."""
+        (directory / INDEX_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> CheckpointIndex:
+        """Read `checkpoints.json` of `directory`.
+
+        Raises:
+            UserError: the file is missing or wrong; the line names it.
+        """
+        path = directory / INDEX_FILE
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not the checkpoints of a stage ({error.__class__.__name__})") from None
+        return parse(cls, text, str(path))

@@ -1,0 +1,183 @@
+"""One stage of a constant-rate run: start it, go on from the stage before, or resume after a kill; keep checkpoints.
+
+The stages of a run are one training: weights, moments, step count and warm-up carry over; data and context change.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ling_flow.errors import UserError
+from ling_flow.model.config import ModelConfig
+from ling_flow.model.hf import load_pretrained
+from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+from ling_flow.training.checkpoint import (
+    drop_training_state,
+    latest_checkpoint,
+    list_checkpoints,
+    load_training_state,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from ling_flow.training.loop import BatchSource, StepReport, train
+from ling_flow.training.optimizer import build_optimizer, warmup_then_constant
+from ling_flow.training.settings import CheckpointEntry, StageSettings, TrainingState
+
+CONTEXT_FIELDS = ("max_position_embeddings", "rope_theta")
+"""What a stage may change in a model: its context."""
+
+
+@dataclass
+class StageRun:
+    """A stage under way: all that changes while it trains."""
+
+    model: BailingMoeV2ForCausalLM
+    optimizer: torch.optim.Optimizer
+    state: TrainingState
+
+
+def open_stage(
+    directory: Path,
+    settings: StageSettings,
+    config: ModelConfig,
+    *,
+    seed: int,
+    previous: Path | None,
+    device: torch.device,
+    log: Callable[[str], None],
+) -> StageRun:
+    """The stage as it stands: resumed from `directory`, else continued from the checkpoint `previous`, else new.
+
+    Args:
+        directory: where this stage's checkpoints are, from a killed earlier try, and will be.
+        config: the model of this stage, with its context.
+        seed: of the initial weights.
+
+    Raises:
+        UserError: `previous` is damaged, holds no training state, or is another model (the line names the field).
+    """
+    resumable = latest_checkpoint(directory, log)
+    _discard(directory, newer_than=resumable)
+    source = resumable or previous
+    if source is None:
+        model = BailingMoeV2ForCausalLM(config)
+        model.init_weights(seed)
+        model.to(device)
+        return StageRun(model, build_optimizer(model, settings.optimizer), _begin(settings, step=0, tokens=0))
+    if resumable is None:
+        verify_checkpoint(source)
+    model = load_pretrained(source)
+    _set_context(model, config, source)
+    model.to(device)
+    optimizer = build_optimizer(model, settings.optimizer)
+    state = load_training_state(source, model, optimizer)
+    if resumable is None:
+        log(f"goes on from {state.stage}: step {state.step:,}, {state.tokens:,} tokens")
+        return StageRun(model, optimizer, _begin(settings, state.step, state.tokens))
+    log(f"resumed at step {state.step - state.stage_start:,} of {settings.steps:,}")
+    return StageRun(model, optimizer, state)
+
+
+def run_stage(
+    run: StageRun,
+    directory: Path,
+    batches: BatchSource,
+    settings: StageSettings,
+    *,
+    tokenizer_dir: Path,
+    on_step: Callable[[StepReport], None],
+) -> list[CheckpointEntry]:
+    """Train to the end of the stage, in place; returns the checkpoints kept, oldest first.
+
+    Raises:
+        SystemFault: loss or gradient was not finite for several steps in a row.
+    """
+
+    def count(report: StepReport) -> None:
+        state = run.state
+        run.state = state.model_copy(
+            update={
+                "step": report.step,
+                "tokens": state.tokens + report.tokens,
+                "sequences": state.sequences + settings.sequences_per_batch,
+                "skipped_steps": state.skipped_steps + report.skipped,
+                "seconds": state.seconds + report.seconds,
+                "load_violation": report.load_violation,
+            }
+        )
+        on_step(report)
+
+    def save(step: int) -> None:
+        save_checkpoint(directory, run.model, run.optimizer, run.state, tokenizer_dir)
+        _keep(directory, settings.checkpoints_kept, with_training_state=2)  # one to fall back on
+
+    train(
+        run.model,
+        run.optimizer,
+        batches,
+        steps=run.state.stage_start + settings.steps,
+        schedule=warmup_then_constant(settings.optimizer.learning_rate, settings.warmup_steps),
+        start_step=run.state.step,
+        first_batch_step=run.state.stage_start,
+        gradient_clip=settings.optimizer.gradient_clip,
+        expert_bias_update_rate=settings.expert_bias_update_rate,
+        sequences_per_forward=settings.sequences_per_forward,
+        on_step=count,
+        save=save,
+        save_every=settings.save_every,
+    )
+    _keep(directory, settings.checkpoints_kept, with_training_state=1)
+    return [_entry(path, run.state) for path in list_checkpoints(directory)]
+
+
+def _begin(settings: StageSettings, step: int, tokens: int) -> TrainingState:
+    return TrainingState(
+        stage=settings.stage,
+        step=step,
+        stage_start=step,
+        tokens=tokens,
+        sequences=0,
+        skipped_steps=0,
+        seconds=0,
+        load_violation=0,
+        settings=settings,
+    )
+
+
+def _entry(checkpoint: Path, end: TrainingState) -> CheckpointEntry:
+    step = int(checkpoint.name.removeprefix("step-"))
+    tokens = end.tokens - (end.step - step) * end.settings.batch_tokens
+    return CheckpointEntry(directory=checkpoint.name, step=step, tokens=tokens)
+
+
+def _set_context(model: BailingMoeV2ForCausalLM, config: ModelConfig, source: Path) -> None:
+    """Give a loaded model the context of `config`, with which it must agree in everything else."""
+    for name in ModelConfig.model_fields:
+        wanted, found = getattr(config, name), getattr(model.config, name)
+        if name not in CONTEXT_FIELDS and wanted != found:
+            raise UserError(f"model.{name}: {wanted!r} asked for, but {source} was trained with {found!r}")
+    model.set_max_position_embeddings(config.max_position_embeddings)
+    model.set_rope_theta(config.rope_theta)
+
+
+def _discard(directory: Path, newer_than: Path | None) -> None:
+    """Remove what a killed try left half-written, and damaged checkpoints that will be made again."""
+    for path in directory.glob(".step-*"):
+        shutil.rmtree(path)
+    for path in list_checkpoints(directory):
+        if newer_than is None or path.name > newer_than.name:
+            shutil.rmtree(path)
+
+
+def _keep(directory: Path, checkpoints: int, with_training_state: int) -> None:
+    """Remove all but the newest checkpoints, and the training state of all but the very newest."""
+    newest_first = list_checkpoints(directory)[::-1]
+    for path in newest_first[checkpoints:]:
+        shutil.rmtree(path)
+    for path in newest_first[with_training_state:checkpoints]:
+        drop_training_state(path)

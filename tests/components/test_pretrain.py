@@ -1,0 +1,227 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.pretrain import PretrainConfig, pretrain, stage_model
+from ling_flow.config import identity_of, parse
+from ling_flow.errors import UserError
+from ling_flow.flow.artifact import Ref
+from ling_flow.model.hf import load_pretrained
+from ling_flow.training.settings import CheckpointIndex
+from tests.components.pretraining import config, make_inputs
+from tests.training.micro import micro_model
+
+
+class Recorder:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def start_step(self, label, component, fingerprint, config, inputs):
+        self.label = label
+
+    def metrics(self, values, step):
+        self.seen.setdefault(step, {}).update(values)
+
+    def finish(self, result, status):
+        self.status = status
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture(scope="module")
+def inputs(root, tmp_path_factory):
+    return make_inputs(root, tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def short(root, inputs):
+    return pretrain(config(), root=root, **inputs)
+
+
+def test_stage_takes_rate_and_batch_from_the_law(short):
+    result = short.result
+    assert result.learning_rate == 4e-3
+    assert result.batch_tokens == 64  # 70 asked for, whole sequences
+    assert (result.steps, result.tokens, result.total_tokens, result.skipped_steps) == (6, 384, 384, 0)
+    assert 0 < result.validation_loss < 7
+    assert result.tokens_per_second > 0
+    assert result.load_violation > 0
+
+
+def test_config_overrides_the_law(root, inputs):
+    outcome = pretrain(config(learning_rate=1e-3, batch_tokens=32), root=root, **inputs)
+    assert (outcome.result.learning_rate, outcome.result.batch_tokens, outcome.result.steps) == (1e-3, 32, 12)
+
+
+def test_output_holds_checkpoints_with_index_and_contract(short, inputs):
+    path = short.outputs["checkpoints"]
+    index = CheckpointIndex.load(path)
+    assert [(entry.directory, entry.tokens) for entry in index.checkpoints] == [
+        ("step-00000004", 256),
+        ("step-00000006", 384),
+    ]
+    assert (index.stage, index.latest, index.mixture) == ("short", "step-00000006", {"words": 3, "numbers": 1})
+    assert sorted(entry.name for entry in path.iterdir()) == ["checkpoints.json", "step-00000004", "step-00000006"]
+    corpus = Path(inputs["corpus"])
+    contract = json.loads((corpus.parent / "manifest.json").read_text())["outputs"]["corpus"]["contract"]
+    assert short.manifest.outputs["checkpoints"].contract == {
+        **contract,
+        "context_length": 16,
+        "precision": "float32",
+    }
+    newest = path / index.latest
+    assert (newest / "tokenizer.json").read_bytes() == (corpus / "tokenizer" / "tokenizer.json").read_bytes()
+    model = load_pretrained(newest)
+    assert model.config.max_position_embeddings == 16
+    assert model.config.eos_token_id == model.config.pad_token_id > 256
+
+
+def test_stages_go_on_from_each_other_and_grow_the_context(short, root, inputs):
+    tracker = Recorder()
+    mid = pretrain(
+        config(stage="mid", sequence_length=32, rope_theta=5e4),
+        root=root,
+        tracker=tracker,
+        previous=short.refs["checkpoints"],
+        **inputs,
+    )
+    assert (mid.result.steps, mid.result.total_tokens) == (6, 768)
+    assert mid.label == tracker.label == "pretrain_mid"
+    assert sorted(tracker.seen) == [7, 8, 9, 10, 11, 12]  # steps are counted over the stages
+    assert {"validation_loss/words", "validation_loss/numbers", "validation_loss", "loss"} <= set(tracker.seen[12])
+    assert all(values["learning_rate"] == 4e-3 for values in tracker.seen.values())
+    latest = mid.outputs["checkpoints"] / CheckpointIndex.load(mid.outputs["checkpoints"]).latest
+    assert load_pretrained(latest).config.max_position_embeddings == 32
+    assert load_pretrained(latest).config.rope_theta == 5e4
+    assert mid.manifest.outputs["checkpoints"].contract["context_length"] == 32
+    again = pretrain(
+        config(stage="long"), root=root, previous=mid.refs["checkpoints"], **inputs
+    )  # a shorter length does not shrink it
+    assert again.manifest.outputs["checkpoints"].contract["context_length"] == 32
+
+
+def test_a_later_stage_draws_sequences_the_first_did_not(short, root, inputs, monkeypatch):
+    from ling_flow.data import batches
+
+    drawn = []
+    original = batches.Batches.batch
+
+    def record(self, step):
+        drawn.append(self.first_sequence + step * self.sequences_per_batch)
+        return original(self, step)
+
+    monkeypatch.setattr(batches.Batches, "batch", record)
+    pretrain(config(stage="more"), root=root, previous=short.refs["checkpoints"], **inputs)
+    assert drawn == [24, 28, 32, 36, 40, 44]
+
+
+def test_another_model_or_another_tokenizer_is_refused(short, root, inputs, tmp_path):
+    with pytest.raises(UserError, match=r"model.num_experts: 8 asked for"):
+        pretrain(
+            config(stage="mid", model=micro_model(num_experts=8).model_dump()),
+            root=root,
+            previous=short.refs["checkpoints"],
+            **inputs,
+        )
+    other = make_inputs(root, tmp_path, seed=2)["corpus"]
+    with pytest.raises(UserError, match="tokenizer") as refused:
+        pretrain(
+            config(stage="mid"),
+            root=root,
+            previous=short.refs["checkpoints"],
+            corpus=other,
+            scaling_law=inputs["scaling_law"],
+        )
+    assert short.refs["checkpoints"] in str(refused.value)
+    assert other in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 0}, "pretrain.tokens: .*greater than 0"),
+        ({"mixture": {"words": -1, "numbers": 2}}, "pretrain.*mixture: weights must be 0 or more"),
+        ({"mixture": {"words": 0}}, "pretrain.*mixture: weights must be 0 or more"),
+        ({"sequence_length": 33}, r"sequence_length must be at most model.max_position_embeddings \(32\), got 33"),
+        ({"checkpoints_kept": 4}, r"checkpoints_kept must be at most checkpoints_saved \(3\), got 4"),
+        (
+            {"model": micro_model(torch_dtype="bfloat16").model_dump()},
+            "model.torch_dtype must be 'float32', got 'bfloat16'",
+        ),
+        ({"stag": "x"}, "pretrain.stag: unknown field; did you mean 'stage'"),
+    ],
+)
+def test_bad_configs_are_refused_with_one_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        parse(PretrainConfig, config(**changes), "pretrain")
+
+
+def test_bad_budgets_sources_and_vocabularies_are_refused_before_training(root, inputs):
+    with pytest.raises(UserError, match=r"pretrain.tokens: 100 make 1 steps of 64 tokens, fewer than checkpoints_kept"):
+        pretrain(config(tokens=100), root=root, **inputs)
+    with pytest.raises(UserError, match="has no source 'poems'"):
+        pretrain(config(mixture={"poems": 1}), root=root, **inputs)
+    with pytest.raises(UserError, match=r"model.vocab_size: must be at least that of the corpus \(280\), got 270"):
+        stage_model(PretrainConfig(**config(model=micro_model(vocab_size=270).model_dump())), 280, 279, 0)
+
+
+def test_threads_do_not_bear_identity():
+    assert "threads" not in identity_of(PretrainConfig(**config()))
+
+
+@pytest.mark.slow
+def test_killed_process_goes_on_bit_for_bit(root, inputs, tmp_path):
+    """kill -9 in the middle of the stage, then the same command again."""
+    settings = config(tokens=64 * 60, checkpoints_saved=20)
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(settings))
+    whole = pretrain(settings, root=root, **inputs).outputs["checkpoints"]
+
+    # The same inputs below another root, so that the step runs again with the same fingerprint.
+    other = tmp_path / "artifacts"
+    references = []
+    for name, reference in inputs.items():
+        ref = Ref.parse(reference)
+        source = Path(reference).parent
+        target = other / ref.component / ref.fingerprint
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-r", source, target], check=True)
+        references += [f"--{name}", str(target / ref.output)]
+    command = [sys.executable, "-m", "components.pretrain", "--config", str(file), "--root", str(other), *references]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LING_FLOW_", "MLFLOW_"))}
+    environment["LING_FLOW_HOME"] = str(tmp_path / "home")
+
+    def saved():
+        return [path for path in other.rglob("step-*") if path.is_dir() and (path / "training_state").is_dir()]
+
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(saved()) < 2 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(other.rglob("checkpoints.json"))
+
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "resumed at step " in second.stderr
+    (resumed,) = (path.parent for path in other.rglob("checkpoints.json"))
+    assert resumed.parent.name == whole.parent.name
+    assert CheckpointIndex.load(resumed) == CheckpointIndex.load(whole)
+    for entry in CheckpointIndex.load(whole).checkpoints:
+        first, again = (load_pretrained(path / entry.directory).state_dict() for path in (whole, resumed))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+    moments = f"{CheckpointIndex.load(whole).latest}/training_state/optimizer.safetensors"
+    assert (whole / moments).read_bytes() == (resumed / moments).read_bytes()

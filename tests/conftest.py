@@ -1,0 +1,57 @@
+"""Shared fixtures: a home of one's own, and the command line as users call it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+OURS = ("LING_FLOW_", "MLFLOW_", "RAY_ADDRESS")
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The last line of standard output."""
+        return json.loads(self.out.strip().splitlines()[-1])
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The environment of a user with an empty home and nothing else of ours set."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    return {**kept, "LING_FLOW_HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture
+def call(environment: dict[str, str]) -> Callable[..., Called]:
+    """`call("plan", "--json")` runs `python -m ling_flow.cli plan --json` in a process of its own."""
+
+    def run(*arguments: str, module: str = "ling_flow.cli", timeout: float = 120, **changes: str) -> Called:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=REPOSITORY,
+            env={**environment, **changes},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Called(done.returncode, done.stdout, done.stderr)
+
+    return run

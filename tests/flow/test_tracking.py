@@ -1,0 +1,230 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ling_flow.flow import mlflow_store, tracking
+from ling_flow.flow.context import Context
+from ling_flow.flow.tracking import NullTracker, finish_dag_run, open_tracker, record_cached, start_dag_run
+
+PARENT = {"corpus": {"ref": "/root/prepare_data/abc/corpus", "fingerprint": "abc/corpus"}}
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return mlflow_store.default_tracking_uri(tmp_path_factory.mktemp("home"))
+
+
+def context(tmp_path: Path, uri: str | None, parent: str | None = None) -> Context:
+    return Context(home=tmp_path, artifacts=str(tmp_path), tracking_uri=uri, parent_run_id=parent)
+
+
+def only_run(uri: str, condition: str) -> Any:
+    client = mlflow_store.connect(uri)
+    (run,) = client.search_runs([mlflow_store.experiment_id(client, mlflow_store.EXPERIMENT)], condition)
+    return run
+
+
+def test_no_store_no_record(tmp_path: Path) -> None:
+    tracker = open_tracker(context(tmp_path, None))
+    assert type(tracker) is NullTracker
+    tracker.start_step("pretrain", "pretrain", "f0", {}, {})
+    tracker.finish({}, "finished")
+    assert tracker.run_id is None
+
+
+def test_a_step_under_its_dag_run(tmp_path: Path, uri: str) -> None:
+    parent = start_dag_run(uri, "lifecycle-1", "tiny", {"pretrain_short": {"tokens": 5}}, "0.1+abc")
+    assert parent is not None
+    tracker = open_tracker(context(tmp_path, uri, parent))
+    tracker.start_step("pretrain_short", "pretrain", "f1", {"a": {"b": 1}, "names": ["x"]}, PARENT)
+    for step in range(3):
+        tracker.metrics({"loss": 3.0 - step}, step)
+    tracker.trial("trial-0", {"learning_rate": 0.1}, {"loss": 2.5})
+    tracker.dataset("stdlib", "/data/stdlib", "d" * 64, "pretrain")
+    plot = tmp_path / "loss.txt"
+    plot.write_text("a plot")
+    tracker.artifact(plot)
+    plot.unlink()  # the step may move its files as soon as the call returns
+    model_id = tracker.model("base", "/root/pretrain/f1/model", {"layers": 4}, {"stage": "base"})
+    tracker.finish({"validation_loss": 1.5, "url": "here", "passed": True}, "finished")
+    finish_dag_run(uri, parent, "finished")
+
+    client = mlflow_store.connect(uri)
+    child = only_run(uri, "tags.`ling_flow.fingerprint` = 'f1'")
+    assert child.info.run_id == tracker.run_id
+    assert child.info.run_name == "pretrain_short"
+    assert child.info.status == "FINISHED"
+    assert child.data.tags["mlflow.parentRunId"] == parent
+    assert child.data.tags["ling_flow.component"] == "pretrain"
+    assert child.data.tags["ling_flow.input.corpus"] == "/root/prepare_data/abc/corpus"
+    assert child.data.tags["ling_flow.result.url"] == "here"
+    assert child.data.params == {"a.b": "1", "names": '["x"]'}
+    assert child.data.metrics == {"loss": 1.0, "validation_loss": 1.5, "passed": 1.0}
+    assert [point.step for point in client.get_metric_history(child.info.run_id, "loss")] == [0, 1, 2]
+    assert {file.path for file in client.list_artifacts(child.info.run_id)} == {"config.json", "loss.txt"}
+    (dataset,) = child.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.tags[0].value) == ("stdlib", "pretrain")
+
+    trial = only_run(uri, "tags.`ling_flow.trial` = 'trial-0'")
+    assert trial.data.tags["mlflow.parentRunId"] == child.info.run_id
+    assert trial.data.params == {"learning_rate": "0.1"}
+    assert (trial.data.metrics, trial.info.status) == ({"loss": 2.5}, "FINISHED")
+
+    assert model_id is not None
+    model = client.get_logged_model(model_id)
+    assert (str(model.status), model.source_run_id) == ("READY", child.info.run_id)
+    assert model.tags["ling_flow.artifact_uri"] == "/root/pretrain/f1/model"
+    assert model.tags["ling_flow.fingerprint"] == "f1"
+    assert [output.model_id for output in child.outputs.model_outputs] == [model_id]
+
+    top = client.get_run(parent)
+    assert top.info.status == "FINISHED"
+    assert top.data.params == {"preset": "tiny", "pretrain_short.tokens": "5"}
+    assert top.data.metrics["pretrain_short.validation_loss"] == 1.5
+
+
+def test_adopts_the_run_that_the_platform_made(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = mlflow_store.connect(uri)
+    given = client.create_run(client.create_experiment("platform")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    tracker = open_tracker(context(tmp_path, uri, "a-parent-that-does-not-count"))
+    assert "MLFLOW_RUN_ID" not in os.environ
+    tracker.start_step("deploy", "deploy", "f2", {"x": 1}, {})
+    tracker.metrics({"loss": 1.0}, 7)
+    tracker.finish({"latency_ms": 3.0}, "finished")
+    run = client.get_run(given)
+    assert tracker.run_id == given
+    assert run.data.tags["ling_flow.fingerprint"] == "f2"
+    assert run.data.metrics == {"loss": 1.0, "latency_ms": 3.0}
+    assert run.info.status == "RUNNING"  # its maker closes it
+
+
+def test_a_cached_step_is_recorded_with_the_same_numbers(uri: str) -> None:
+    parent = start_dag_run(uri, "lifecycle-2", "tiny", {}, "0.1+abc")
+    assert parent is not None
+    inputs, result = {"model": "/root/x/f/model"}, {"exact_match": 0.25}
+    record_cached(uri, parent, "evaluate", "evaluate", "f3", {"seed": 0}, inputs, result, "0.1+abc")
+    run = only_run(uri, "tags.`ling_flow.fingerprint` = 'f3'")
+    assert run.data.tags["ling_flow.cached"] == "true"
+    assert run.data.tags["ling_flow.code_version"] == "0.1+abc"
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert (run.data.metrics, run.data.params, run.info.status) == ({"exact_match": 0.25}, {"seed": "0"}, "FINISHED")
+
+
+def test_the_dag_run_closes_steps_that_were_killed(tmp_path: Path, uri: str) -> None:
+    parent = start_dag_run(uri, "lifecycle-3", "tiny", {}, "0.1+abc")
+    assert parent is not None
+    tracker = open_tracker(context(tmp_path, uri, parent))
+    tracker.start_step("pretrain_mid", "pretrain", "f4", {}, {})
+    tracker.model("m", "/p", {}, {})  # waits until the run is there
+    finish_dag_run(uri, parent, "failed")
+    assert only_run(uri, "tags.`ling_flow.fingerprint` = 'f4'").info.status == "KILLED"
+    assert mlflow_store.connect(uri).get_run(parent).info.status == "FAILED"
+
+
+def test_a_refused_record_loses_nothing_else(tmp_path: Path, uri: str, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = open_tracker(context(tmp_path, uri))
+    tracker.start_step("odd", "odd", "f5", {}, {})
+    tracker.metrics({"a name with 'quotes' is refused": 1.0}, 0)
+    tracker.trial("trial", {}, {"fine": 2.0})
+    tracker.finish({"loss": 1.0}, "finished")
+    run = only_run(uri, "tags.`ling_flow.fingerprint` = 'f5'")
+    assert (run.data.metrics, run.info.status) == ({"loss": 1.0}, "FINISHED")
+    assert "refused a record" in capfd.readouterr().err
+
+
+def test_a_store_that_is_away_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = f"http://127.0.0.1:{free_port()}"
+    assert start_dag_run(away, "lifecycle", "tiny", {}, "0.1+abc") is None
+    assert f"tracking store {away} cannot be used" in capfd.readouterr().err
+    tracker = open_tracker(context(tmp_path, away))
+    tracker.start_step("pretrain", "pretrain", "f6", {}, {})
+    tracker.metrics({"loss": 1.0}, 0)
+    time.sleep(1)
+    tracker.finish({}, "finished")
+    told = capfd.readouterr().err
+    assert told.count("does not answer") == 1
+    assert "part of the record is lost" in told
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A real tracking server that can go away and come back with its data."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.port = directory, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.directory}/server.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self.directory / "artifacts")]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=self.directory
+        )
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError("the tracking server did not come up")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, 15)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.mark.slow
+def test_what_is_said_while_the_server_is_away_arrives_later(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("ling_flow.flow.outbox.RETRY_SECONDS", (0.2, 0.2))
+    server.start()
+    tracker = open_tracker(context(tmp_path, server.uri))
+    tracker.start_step("pretrain", "pretrain", "f7", {}, {})
+    tracker.metrics({"loss": 2.0}, 0)
+    assert tracker.model("m", "/p", {}, {}) is not None
+    server.stop()
+    begun = time.monotonic()
+    for step in range(1, 2001):
+        tracker.metrics({"loss": 1.0}, step)
+    assert time.monotonic() - begun < 1  # a training step never waits for the store
+    time.sleep(2)
+    server.start()
+    tracker.finish({"validation_loss": 1.0}, "finished")
+    client = mlflow_store.connect(server.uri)
+    assert tracker.run_id is not None
+    assert len(client.get_metric_history(tracker.run_id, "loss")) == 2001
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    told = capfd.readouterr()
+    assert told.err.count("does not answer") == 1
+    assert "View run" not in told.out

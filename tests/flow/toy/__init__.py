@@ -1,0 +1,1 @@
+"""Small components that the tests of the flow package run for real."""

@@ -1,0 +1,3 @@
+from toy.average import average
+
+average.main()

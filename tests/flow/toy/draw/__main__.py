@@ -1,0 +1,3 @@
+from toy.draw import draw
+
+draw.main()

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn import functional
+
+from ling_flow.kernels.experts import routed_experts
+from ling_flow.kernels.router import choose_experts, expert_weights
+
+
+def naive_choice(scores: list[float], top_k: int, n_group: int, topk_group: int) -> list[int]:
+    size = len(scores) // n_group
+    groups = [list(range(g * size, (g + 1) * size)) for g in range(n_group)]
+    groups.sort(key=lambda group: -sum(sorted((scores[e] for e in group), reverse=True)[:2]))
+    allowed = [e for group in groups[:topk_group] for e in group]
+    return sorted(allowed, key=lambda e: -scores[e])[:top_k]
+
+
+@pytest.mark.parametrize(("top_k", "n_group", "topk_group"), [(2, 1, 1), (3, 4, 2), (4, 2, 1), (8, 8, 4)])
+def test_choice_is_limited_to_the_best_groups(top_k: int, n_group: int, topk_group: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, bias = torch.rand(50, 16, generator=generator), torch.rand(16, generator=generator)
+    indices = choose_experts(scores, bias, top_k, n_group, topk_group)
+    for row, chosen in zip((scores + bias).tolist(), indices.tolist(), strict=True):
+        assert chosen == naive_choice(row, top_k, n_group, topk_group)
+
+
+def test_bias_moves_the_choice_but_not_the_weights() -> None:
+    scores = torch.tensor([[0.9, 0.8, 0.3, 0.1]])
+    indices = choose_experts(scores, torch.tensor([0.0, 0.0, 0.0, 5.0]), 2, 1, 1)
+    assert indices.tolist() == [[3, 0]]
+    torch.testing.assert_close(expert_weights(scores, indices, 2.5), torch.tensor([[0.25, 2.25]]))
+
+
+def naive_experts(x, indices, weights, gate_up, down):  # type: ignore[no-untyped-def]
+    rows = []
+    for t, chosen in enumerate(indices.tolist()):
+        row = torch.zeros_like(x[t])
+        for k, e in enumerate(chosen):
+            gate, up = (gate_up[e] @ x[t]).chunk(2)
+            row = row + weights[t, k] * (down[e] @ (functional.silu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_routed_experts_equal_a_loop_over_tokens(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, hidden, experts, width, top_k = 7, 4, 5, 3, 2
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, generator=generator).requires_grad_()
+
+    x, gate_up, down, weights = (
+        random(tokens, hidden),
+        random(experts, 2 * width, hidden),
+        random(experts, hidden, width),
+        random(tokens, top_k),
+    )
+    indices = torch.stack(
+        [torch.randperm(experts - 1, generator=generator)[:top_k] for _ in range(tokens)]
+    )  # the last expert gets nothing
+    counts = torch.bincount(indices.flatten(), minlength=experts)
+
+    def ours(x, weights, gate_up, down):  # type: ignore[no-untyped-def]
+        return routed_experts(x, indices, weights, counts, gate_up, down)
+
+    leaves = (x, weights, gate_up, down)
+    expected = naive_experts(x, indices, weights, gate_up, down)
+    torch.testing.assert_close(ours(*leaves), expected)
+    upstream = torch.randn(tokens, hidden, dtype=dtype, generator=generator)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours(*leaves), leaves, upstream),
+        torch.autograd.grad(expected, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+    if dtype == torch.float64:
+        assert gradcheck(ours, leaves)

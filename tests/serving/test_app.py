@@ -1,0 +1,213 @@
+"""The HTTP API over a real socket; see conftest.py for the model."""
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+
+from ling_flow.data.chat import encode_prompt
+from ling_flow.data.tokenizer import Tokenizer
+from ling_flow.generation.engine import generate
+from ling_flow.model.hf import load_pretrained
+from ling_flow.serving.app import build_app
+from ling_flow.serving.chat import ChatModel
+
+QUESTION = [{"role": "user", "content": "What is 3 + 4?"}]
+UNKNOWN = [{"role": "user", "content": "on off"}]
+ANSWER, REASONING = "The answer is 7.", "3 + 4\n= 7"
+
+
+@pytest.fixture(scope="module")
+def url(checkpoint: Path) -> Iterator[str]:
+    torch.set_num_threads(1)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        app = build_app(ChatModel.load(checkpoint), "micro", "f00d")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def post(url: str, body: Any) -> tuple[int, str]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/v1/chat/completions", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def ask(url: str, **fields: Any) -> dict[str, Any]:
+    status, text = post(url, {"messages": QUESTION, "temperature": 0, **fields})
+    assert status == 200, text
+    answer = json.loads(text)
+    assert isinstance(answer, dict)
+    return answer
+
+
+def get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return json.load(response)
+
+
+def test_who_serves_what(url: str) -> None:
+    assert get(f"{url}/health") == {"status": "ok", "model": "micro", "fingerprint": "f00d"}
+    (card,) = get(f"{url}/v1/models")["data"]
+    assert (card["id"], card["object"], card["fingerprint"], card["max_model_len"]) == ("micro", "model", "f00d", 96)
+
+
+def test_the_answer_is_what_the_model_generates(url: str, checkpoint: Path) -> None:
+    tokenizer, model = Tokenizer.load(checkpoint), load_pretrained(checkpoint).eval()
+    prompt = encode_prompt(tokenizer, QUESTION, thinking=False)
+    stop_ids = {tokenizer.eos_id, tokenizer.role_end_id}
+    (expected,) = generate(model, [prompt], 12, 0.0, stop_ids, seed=0)
+    answer = ask(url, max_tokens=12, model="micro")
+    (choice,) = answer["choices"]
+    text = tokenizer.decode(expected.tokens[:-1] if expected.finished else expected.tokens)
+    assert (answer["object"], answer["model"]) == ("chat.completion", "micro")
+    assert choice["message"] == {"role": "assistant", "content": text.strip()}
+    assert choice["finish_reason"] == ("stop" if expected.finished else "length")
+    counts = len(prompt), len(expected.tokens)
+    assert answer["usage"] == {
+        "prompt_tokens": counts[0],
+        "completion_tokens": counts[1],
+        "total_tokens": sum(counts),
+    }
+
+
+def test_a_stop_text_ends_the_answer(url: str) -> None:
+    text = ask(url, max_tokens=12)["choices"][0]["message"]["content"]
+    stop = text[len(text) // 2 :][:2]
+    (choice,) = ask(url, max_tokens=12, stop=stop)["choices"]
+    assert choice["message"]["content"] == text[: text.index(stop)].strip()
+    assert choice["finish_reason"] == "stop"
+
+
+def test_the_seed_decides_what_is_sampled(url: str) -> None:
+    def sampled(seed: int) -> Any:
+        return ask(url, messages=UNKNOWN, temperature=2, seed=seed, max_tokens=12)["choices"][0]["message"]
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        {"messages": [{"role": "system", "content": "detailed thinking on"}, *QUESTION]},
+    ],
+)
+def test_reasoning_is_kept_apart_from_the_answer(url: str, switch: dict[str, Any]) -> None:
+    (choice,) = ask(url, **switch)["choices"]
+    assert choice["message"] == {"role": "assistant", "content": ANSWER, "reasoning_content": REASONING}
+    assert choice["finish_reason"] == "stop"
+
+
+def test_without_thinking_there_is_no_reasoning(url: str) -> None:
+    (choice,) = ask(url)["choices"]
+    assert choice["message"] == {"role": "assistant", "content": ANSWER}
+    assert choice["finish_reason"] == "stop"
+
+
+def test_an_answer_cut_while_the_model_reasons_is_all_reasoning(url: str) -> None:
+    (choice,) = ask(url, max_tokens=5, chat_template_kwargs={"enable_thinking": True})["choices"]
+    assert choice["message"]["content"] == ""
+    assert REASONING.startswith(choice["message"]["reasoning_content"])
+    assert choice["finish_reason"] == "length"
+
+
+def test_a_stream_holds_the_same_answer(url: str) -> None:
+    whole = ask(url, max_tokens=12)
+    status, text = post(
+        url,
+        {
+            "messages": QUESTION,
+            "temperature": 0,
+            "max_tokens": 12,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+    )
+    assert status == 200
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    *chunks, usage = map(json.loads, lines[:-1])
+    assert {chunk["object"] for chunk in [*chunks, usage]} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in [*chunks, usage]}) == 1
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0]["role"] == "assistant"
+    assert len(deltas) > 3
+    assert "".join(delta.get("content", "") for delta in deltas) == whole["choices"][0]["message"]["content"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert (usage["usage"], usage["choices"]) == (whole["usage"], [])
+
+
+def test_requests_at_the_same_time_do_not_disturb_each_other(url: str) -> None:
+    def sampled(seed: int) -> Any:
+        return ask(url, messages=UNKNOWN, temperature=2, seed=seed, max_tokens=10)["choices"]
+
+    alone = [sampled(seed) for seed in range(4)]
+    together: dict[int, Any] = {}
+
+    def run(seed: int) -> None:
+        together[seed] = sampled(seed)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[seed] for seed in range(4)] == alone
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"),
+    [
+        (b"{", 400, None, "JSON"),
+        ({"messages": []}, 400, "messages", "messages: "),
+        ({"messages": QUESTION, "temperature": "hot"}, 400, "temperature", "temperature: "),
+        ({"messages": QUESTION, "logprobs": True}, 400, "logprobs", "logprobs: unknown or unsupported field"),
+        ({"messages": QUESTION, "model": "gpt"}, 404, "model", "model: 'gpt' is not served here; 'micro' is"),
+        ({"messages": [{"role": "system", "content": "detailed thinking on"}]}, 400, "messages", "messages: hold"),
+    ],
+)
+def test_bad_requests(url: str, body: Any, status: int, param: str | None, message: str) -> None:
+    got, text = post(url, body)
+    error = json.loads(text)["error"]
+    assert (got, error["type"]) == (status, "invalid_request_error")
+    assert message in error["message"]
+    if param is not None:
+        assert error["param"] == param
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(url: str, checkpoint: Path) -> None:
+    messages = [{"role": "user", "content": "7 " * 60}]
+    tokens = len(encode_prompt(Tokenizer.load(checkpoint), messages, thinking=False))
+    status, text = post(url, {"messages": messages})
+    error = json.loads(text)["error"]
+    assert (status, error["param"]) == (400, "messages")
+    assert f"{tokens} tokens" in error["message"] and "96 tokens" in error["message"]
+
+
+def test_more_tokens_than_the_context_has_left_are_refused_with_the_numbers(url: str) -> None:
+    used = ask(url, max_tokens=1)["usage"]["prompt_tokens"]
+    status, text = post(url, {"messages": QUESTION, "max_tokens": 96})
+    error = json.loads(text)["error"]
+    assert (status, error["param"]) == (400, "max_tokens")
+    assert f"the prompt has {used} tokens, which leaves {96 - used} of the context of 96 tokens" in error["message"]

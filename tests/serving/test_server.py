@@ -1,0 +1,148 @@
+"""Background endpoints with a real Ray Serve."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ling_flow.errors import SystemFault, UserError
+from ling_flow.serving import server
+from ling_flow.serving.server import endpoint_status, list_endpoints, start_detached, stop_all, stop_endpoint
+from tests.serving.conftest import ANSWER, QUESTION
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    stop_all(tmp_path)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ask(url: str) -> str:
+    body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return str(json.load(response)["choices"][0]["message"]["content"])
+
+
+def test_nothing_there(home: Path) -> None:
+    assert endpoint_status("micro", home) is None
+    assert stop_endpoint("micro", home) is False
+    assert stop_all(home) == []
+
+
+def test_a_directory_without_a_model_is_the_users_error(home: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        start_detached(home, "micro", "f1", home)
+    assert list_endpoints(home) == []
+
+
+def test_a_taken_port_is_the_users_error(home: Path, checkpoint: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match=r"port: \d+ is taken"):
+            start_detached(checkpoint, "micro", "f1", home, port=taken.getsockname()[1])
+
+
+def test_the_first_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(server, "FIRST_PORT", taken.getsockname()[1])
+        assert server._pick_port(None, "127.0.0.1") > taken.getsockname()[1]
+
+
+def test_a_record_of_a_process_that_is_gone(home: Path) -> None:
+    """Its id may belong to another process by now, which must not be touched."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    endpoint = server.Endpoint(
+        name="micro", url="http://127.0.0.1:9", pid=other.pid, fingerprint="f", model_dir="/m", version=None, log="/l"
+    )
+    (home / "endpoints").mkdir()
+    (home / "endpoints" / "micro.json").write_text(endpoint.model_dump_json())
+    status = endpoint_status("micro", home)
+    assert status is not None and not status.running and not status.healthy
+    assert stop_endpoint("micro", home)
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+    assert endpoint_status("micro", home) is None
+
+
+@pytest.mark.slow
+def test_life_of_an_endpoint(home: Path, checkpoint: Path) -> None:
+    port = free_port()
+    first = start_detached(checkpoint, "micro", "f1", home, port=port, version=1)
+    assert first.url == f"http://127.0.0.1:{port}"
+    assert ask(first.url) == ANSWER
+    status = endpoint_status("micro", home)
+    assert status is not None and status.healthy and status.endpoint == first
+    assert os.getsid(first.pid) == first.pid  # a session of its own: it outlives its starter
+
+    assert start_detached(checkpoint, "micro", "f1", home, version=1) == first  # the same artifact: nothing to do
+    second = start_detached(checkpoint, "micro", "f2", home, version=2)  # another one: replaced at the same place
+    assert (second.url, second.fingerprint) == (first.url, "f2")
+    assert second.pid != first.pid
+    assert ask(second.url) == ANSWER
+
+    assert stop_all(home) == ["micro"]
+    assert endpoint_status("micro", home) is None
+    with pytest.raises(OSError):
+        ask(second.url)
+    states = subprocess.run(["ps", "-o", "stat=", "-s", str(second.pid)], capture_output=True, text=True).stdout
+    assert [state for state in states.split() if "Z" not in state] == []  # nothing of its session is left
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_loaded(home: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    with pytest.raises(SystemFault, match=r"endpoint micro ended while it started: .*config\.json"):
+        start_detached(broken, "micro", "f1", home, port=free_port())
+    assert list_endpoints(home) == []
+
+
+@pytest.mark.slow
+def test_the_starters_pipes_are_closed_when_it_exits(home: Path, checkpoint: Path) -> None:
+    """Whoever reads a step's output until its end must not wait for the endpoint."""
+    code = (
+        "import sys; from pathlib import Path; from ling_flow.serving.server import start_detached\n"
+        f"start_detached(Path({str(checkpoint)!r}), 'micro', 'f1', Path({str(home)!r}), port={free_port()})\n"
+        "print('started')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "started\n", done.stderr
+    status = endpoint_status("micro", home)
+    assert status is not None and status.healthy
+
+
+@pytest.mark.slow
+def test_in_the_foreground_until_a_signal(checkpoint: Path) -> None:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ling_flow.serving", str(checkpoint), "micro", "f1", "127.0.0.1", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"serving micro (f1) at http://127.0.0.1:{port}/v1\n"
+    assert ask(f"http://127.0.0.1:{port}") == ANSWER
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0

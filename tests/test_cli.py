@@ -1,0 +1,115 @@
+"""The command line: what it imports, what it refuses, what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Called
+
+Call = Callable[..., Called]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["serve", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; sys.argv = ['lingflow', *sys.argv[1:]]\n"
+        "from ling_flow.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as done: assert not done.code, done.code\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'kfp'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: lingflow" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--preset", "enormous"], "preset: must be one of tiny, small"),
+        (["run", "no_such_dag"], "DAG 'no_such_dag': not found; known: lifecycle"),
+        (["run", "nowhere/dag.py"], "nowhere/dag.py: no such file"),
+        (["run", "--set", "pretrain_short.tokens=-5"], "pretrain_short.tokens: input should be greater than 0"),
+        (["run", "--set", "pretrain_short.tokens=many"], "pretrain_short.tokens: input should be a valid integer"),
+        (["run", "--set", "pretrain_short.tokns=5"], "pretrain_short.tokns: unknown field; did you mean 'tokens'?"),
+        (["run", "--set", "pretrain_shrt.tokens=5"], "pretrain_shrt: unknown field; did you mean 'pretrain_short'?"),
+        (["run", "--set", "nonsense"], "--set nonsense: expected name.path=value"),
+        (
+            ["run", "--set", "pretrain_short.model.num_experts_per_tok=99"],
+            "num_experts_per_tok must be at most num_experts (16), got 99",
+        ),
+        (["run", "--set", "pretrain_long.sequence_length=100000"], "sequence_length must be at most"),
+        (["run", "--config", "missing.yaml"], "missing.yaml: no such file"),
+        (["run", "--rebuild", "pretrain_tiny"], "--rebuild pretrain_tiny: no such step"),
+        (["run", "--seed", "x"], "'x' is not a valid integer"),
+        (["compile", "lifecycle", "-o", "out.txt"], "out.txt: the file must end in .yaml"),
+        (["lineage", "models:/nothing@champion"], "nothing"),
+        (["serve", "no/such/model"], "no/such/model"),
+        (["frobnicate"], "No such command 'frobnicate'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = call(*arguments)
+    assert done.code == 2, done.err
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "home" / "artifacts").exists()
+    assert not (tmp_path / "home" / "runs").exists()
+
+
+def test_a_files_source_that_is_not_there_is_refused_before_anything_runs(call: Call, tmp_path: Path) -> None:
+    config = tmp_path / "own.yaml"
+    missing = tmp_path / "nothing-*.jsonl"
+    config.write_text(f"prepare_data:\n  sources:\n  - {{kind: files, name: mine, paths: ['{missing}']}}\n")
+    done = call("run", "--config", str(config))
+    assert done.code == 2
+    assert str(missing) in done.err
+
+
+def test_config_file_and_command_line_together(call: Call, tmp_path: Path) -> None:
+    config = tmp_path / "own.yaml"
+    config.write_text("seed: 7\npretrain_short:\n  tokens: 70000\n  gradient_clip: 0.5\n")
+    plain = {node["step"]: node["fingerprint"] for node in call("plan", "--json").json["nodes"]}
+    changed = {node["step"]: node["fingerprint"] for node in call("plan", "--json", "--config", str(config)).json["nodes"]}
+    assert all(plain[step] != changed[step] for step in plain), "the seed reaches every step"
+    over = call("plan", "--json", "--config", str(config), "--set", "pretrain_short.tokens=80000").json["nodes"]
+    same = [node["step"] for node in over if node["fingerprint"] == changed[node["step"]]]
+    assert same == ["prepare_data", "wind_tunnel", "fit_scaling_laws"]
+
+
+def test_plan_says_why(call: Call) -> None:
+    nodes = {node["step"]: node for node in call("plan", "--json").json["nodes"]}
+    assert nodes["prepare_data"]["reason"] == "no artifact yet"
+    assert nodes["pretrain_mid"]["reason"].startswith("needs prepare_data, fit_scaling_laws, pretrain_short")
+    assert {node["state"] for node in nodes.values()} == {"run"}
+
+
+def test_compile_writes_whole_file_or_none(call: Call, tmp_path: Path) -> None:
+    target = tmp_path / "nowhere" / "lifecycle.yaml"
+    done = call("compile", "lifecycle", "-o", str(target))
+    assert done.code == 2
+    assert "cannot be written" in done.err
+    assert not list(tmp_path.glob("nowhere*"))
+
+
+def test_doctor_finds_what_it_needs(call: Call) -> None:
+    done = call("doctor", "--json")
+    checks = {check["name"]: check for check in done.json["checks"]}
+    assert done.code == 0, done.err
+    assert checks["packages"]["status"] == "ok"
+    assert "ray 2." in checks["packages"]["found"]
+
+
+def test_doctor_fails_where_the_home_cannot_be_written(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = call("--home", str(tmp_path / "file" / "home"), "doctor", "--json")
+    assert done.code == 3
+    assert {check["name"] for check in done.json["checks"] if check["status"] == "failed"} == {"home"}
+
+

@@ -1,0 +1,149 @@
+import pytest
+import torch
+
+from ling_flow.data.batches import Batches
+from ling_flow.errors import UserError
+from ling_flow.model.hf import load_pretrained
+from ling_flow.training.checkpoint import list_checkpoints
+from ling_flow.training.stage import open_stage, run_stage
+from tests.training.micro import micro_model, stage_settings
+
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+def run(corpus, directory, settings, config, previous=None, die_after=None, log=lambda line: None):
+    """Open the stage in `directory` and train it to its end, or until `die_after` steps of it are done."""
+    directory.mkdir(exist_ok=True)
+    stage = open_stage(directory, settings, config, seed=0, previous=previous, device=CPU, log=log)
+    first = (stage.state.tokens - stage.state.sequences * settings.sequence_length) // settings.sequence_length
+    batches = Batches(
+        corpus,
+        {"words": 1, "numbers": 1},
+        settings.sequence_length,
+        settings.sequences_per_batch,
+        0,
+        first_sequence=first,
+    )
+    reports = []
+
+    def on_step(report):
+        reports.append(report)
+        if die_after is not None and report.step - stage.state.stage_start > die_after:
+            raise Killed
+
+    entries = run_stage(stage, directory, batches, settings, tokenizer_dir=corpus.path / "tokenizer", on_step=on_step)
+    return stage, entries, reports
+
+
+def assert_same_model(one, two):
+    first, second = load_pretrained(one).state_dict(), load_pretrained(two).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stage_keeps_the_newest_checkpoints_and_one_training_state(corpus, tmp_path):
+    stage, entries, _ = run(corpus, tmp_path / "a", stage_settings(), micro_model())
+    assert [(entry.directory, entry.step, entry.tokens) for entry in entries] == [
+        ("step-00000004", 4, 256),
+        ("step-00000006", 6, 384),
+    ]
+    assert [path.name for path in list_checkpoints(tmp_path / "a")] == ["step-00000004", "step-00000006"]
+    assert not (tmp_path / "a" / "step-00000004" / "training_state").exists()
+    assert (tmp_path / "a" / "step-00000006" / "training_state").exists()
+    assert (stage.state.step, stage.state.tokens, stage.state.sequences) == (6, 384, 24)
+
+
+@pytest.mark.parametrize("die_after", [1, 3, 5])
+def test_killed_and_resumed_stage_ends_with_the_same_bits(corpus, tmp_path, die_after):
+    settings, config = stage_settings(), micro_model()
+    run(corpus, tmp_path / "whole", settings, config)
+    with pytest.raises(Killed):
+        run(corpus, tmp_path / "broken", settings, config, die_after=die_after)
+    stage, entries, reports = run(corpus, tmp_path / "broken", settings, config)
+    assert len(reports) == 6 - die_after // 2 * 2  # saved at 2, 4, 6
+    assert stage.state.step == 6
+    assert [entry.directory for entry in entries] == ["step-00000004", "step-00000006"]
+    for name in ("step-00000004", "step-00000006"):
+        assert_same_model(tmp_path / "whole" / name, tmp_path / "broken" / name)
+    moments = "step-00000006/training_state/optimizer.safetensors"
+    assert (tmp_path / "whole" / moments).read_bytes() == (tmp_path / "broken" / moments).read_bytes()
+
+
+def test_damaged_newest_checkpoint_is_reported_and_made_again(corpus, tmp_path):
+    settings, config = stage_settings(), micro_model()
+    run(corpus, tmp_path / "whole", settings, config)
+    with pytest.raises(Killed):
+        run(corpus, tmp_path / "broken", settings, config, die_after=5)
+    damaged = tmp_path / "broken" / "step-00000004" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    (tmp_path / "broken" / ".step-00000006").mkdir()  # left by a killed writer
+    lines = []
+    open_stage(tmp_path / "broken", settings, config, seed=0, previous=None, device=CPU, log=lines.append)
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["step-00000002"]
+    _, _, reports = run(corpus, tmp_path / "broken", settings, config)
+    assert len(reports) == 4
+    assert "step-00000004/model.safetensors: damaged" in lines[0]
+    assert "resumed at step 2 of 6" in lines[1]
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["step-00000004", "step-00000006"]
+    for name in ("step-00000004", "step-00000006"):
+        assert_same_model(tmp_path / "whole" / name, tmp_path / "broken" / name)
+
+
+def test_finished_stage_has_nothing_left_to_train(corpus, tmp_path):
+    settings, config = stage_settings(), micro_model()
+    first, _, _ = run(corpus, tmp_path / "a", settings, config)
+    again, entries, reports = run(corpus, tmp_path / "a", settings, config)
+    assert reports == []
+    assert again.state == first.state
+    assert len(entries) == 2
+
+
+def test_two_stages_are_one_run(corpus, tmp_path):
+    """Same data settings: short then mid equals one stage of twice the length, bit for bit."""
+    config = micro_model()
+    run(corpus, tmp_path / "one", stage_settings(steps=12, checkpoints_saved=6), config)
+    run(corpus, tmp_path / "short", stage_settings(), config)
+    lines = []
+    stage, entries, reports = run(
+        corpus,
+        tmp_path / "mid",
+        stage_settings(stage="mid"),
+        config,
+        tmp_path / "short" / "step-00000006",
+        log=lines.append,
+    )
+    assert lines == ["goes on from short: step 6, 384 tokens"]
+    assert [report.learning_rate for report in reports] == [3e-3] * 6  # no second warm-up
+    assert (stage.state.step, stage.state.tokens, stage.state.stage_start) == (12, 768, 6)
+    assert [entry.step for entry in entries] == [10, 12]
+    assert_same_model(tmp_path / "one" / "step-00000012", tmp_path / "mid" / "step-00000012")
+
+
+def test_later_stage_resumes_in_itself_with_a_longer_context(corpus, tmp_path):
+    run(corpus, tmp_path / "short", stage_settings(), micro_model(max_position_embeddings=16))
+    previous = tmp_path / "short" / "step-00000006"
+    settings = stage_settings(stage="mid", sequence_length=32, sequences_per_batch=2)
+    longer = micro_model(max_position_embeddings=32, rope_theta=5e4)
+    run(corpus, tmp_path / "whole", settings, longer, previous)
+    with pytest.raises(Killed):
+        run(corpus, tmp_path / "mid", settings, longer, previous, die_after=3)
+    stage, _, reports = run(corpus, tmp_path / "mid", settings, longer, previous)
+    assert len(reports) == 4
+    assert stage.model.config.max_position_embeddings == 32
+    assert stage.model.config.rope_theta == 5e4
+    assert_same_model(tmp_path / "whole" / "step-00000012", tmp_path / "mid" / "step-00000012")
+
+
+def test_previous_stage_must_be_the_same_model_and_whole(corpus, tmp_path):
+    run(corpus, tmp_path / "short", stage_settings(), micro_model())
+    previous = tmp_path / "short" / "step-00000006"
+    with pytest.raises(UserError, match=r"model.num_experts: 8 asked for, but .* was trained with 4"):
+        run(corpus, tmp_path / "mid", stage_settings(), micro_model(num_experts=8), previous)
+    with pytest.raises(UserError, match=r"step-00000004/training_state/files.json: missing"):
+        run(corpus, tmp_path / "mid", stage_settings(), micro_model(), tmp_path / "short" / "step-00000004")
+    (previous / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config.json: damaged"):
+        run(corpus, tmp_path / "mid", stage_settings(), micro_model(), previous)
