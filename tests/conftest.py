@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+# Test processes share few cores with servers and subprocesses; spinning threads would cost more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 REPOSITORY = Path(__file__).parents[1]
 OURS = ("LING_FLOW_", "MLFLOW_", "RAY_ADDRESS")
 

@@ -6,6 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,12 @@ def deploy(
 
     step.log(f"starting an endpoint for {champion.uri}")
     started = time.monotonic()
-    endpoint = start_detached(
-        model.path, champion.name, champion.fingerprint, context.home, config.port, config.host, champion.number
-    )
+    place = (context.home, config.port, config.host)
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start_detached, model.path, champion.name, champion.fingerprint, *place, champion.number)
+        (problem,) = problems([config.task], 1, config.seed, "held_out")  # takes seconds, for its imports
+        endpoint = starting.result()
     ready = time.monotonic()
-    (problem,) = problems([config.task], 1, config.seed, "held_out")
     answer = _ask(endpoint.url, problem.question, config.max_tokens)
     latency = time.monotonic() - ready
     completion = answer["choices"][0]["message"]["content"]

@@ -22,6 +22,9 @@ from ling_flow.scaling.design import Rung, SweepDesign
 if TYPE_CHECKING:
     from components.plan import LifecycleConfig
 
+BIAS_RATE = 1e-2
+"""Ten times Ling 2.0's: a run of two thousand steps must balance its experts in a hundred (docs/log.md, 2026-11-23)."""
+
 SHORT_MIXTURE = {
     "python_code": 0.2,
     "python_prose": 0.2,
@@ -57,17 +60,18 @@ def tiny(seed: int) -> LifecycleConfig:
             model=model,
             design=SweepDesign(
                 rungs=(
-                    Rung(hidden_size=32, compute_flops=2.5e10),
-                    Rung(hidden_size=64, compute_flops=8e10),
-                    Rung(hidden_size=96, compute_flops=2e11),
+                    Rung(hidden_size=48, compute_flops=6e10),
+                    Rung(hidden_size=96, compute_flops=1.6e11),
+                    Rung(hidden_size=144, compute_flops=3e11),
                 ),
-                learning_rates=(2e-3, 4e-3, 8e-3),
+                learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
                 batch_tokens=(1024, 2048, 4096),
                 sequence_length=128,
                 warmup_tokens=20_000,
                 validation_tokens=4096,
             ),
             mixture=SHORT_MIXTURE,
+            expert_bias_update_rate=BIAS_RATE,
             seed=seed,
         ),
         fit_scaling_laws=FitScalingLawsConfig(
@@ -79,6 +83,7 @@ def tiny(seed: int) -> LifecycleConfig:
             tokens=tokens["short"],
             sequence_length=128,
             mixture=SHORT_MIXTURE,
+            expert_bias_update_rate=BIAS_RATE,
             checkpoints_saved=8,
             checkpoints_kept=2,
             seed=seed,
@@ -90,7 +95,7 @@ def tiny(seed: int) -> LifecycleConfig:
             sequence_length=192,
             rope_theta=3e4,
             mixture=MID_MIXTURE,
-            expert_bias_update_rate=1e-4,
+            expert_bias_update_rate=BIAS_RATE,
             checkpoints_saved=5,
             checkpoints_kept=2,
             seed=seed,
@@ -102,7 +107,7 @@ def tiny(seed: int) -> LifecycleConfig:
             sequence_length=256,
             rope_theta=1e5,
             mixture=LONG_MIXTURE,
-            expert_bias_update_rate=1e-4,
+            expert_bias_update_rate=BIAS_RATE,
             checkpoints_saved=16,
             checkpoints_kept=10,
             seed=seed,

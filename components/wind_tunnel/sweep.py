@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,10 +44,11 @@ def ray_running(workers: int | None) -> Iterator[None]:
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        _check_answers(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise SystemFault(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error})") from None
+            raise _no_cluster(address, error) from None
     else:
         cores = workers or len(os.sched_getaffinity(0))
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
@@ -54,6 +56,24 @@ def ray_running(workers: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for minutes where nobody listens.
+
+    Raises:
+        SystemFault: nobody listens at `address`, a `host:port` with or without `ray://`.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> SystemFault:
+    return SystemFault(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error})")
 
 
 def run_task(task: Task) -> TrialResult:

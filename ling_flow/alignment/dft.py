@@ -105,7 +105,7 @@ def fine_tune(
     """Train `model` in place, on its device. The router's expert bias stays as pre-training left it.
 
     Args:
-        on_step: called after each step with (steps done, loss, learning rate); the loss is the next-token cross-entropy,
+        on_step: called after each step with (steps done, loss, learning rate); the loss is the cross-entropy,
             nats per target token.
     """
     optimizer = build_optimizer(model, optimizer_settings)

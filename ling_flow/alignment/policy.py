@@ -51,6 +51,8 @@ def align(
     reference = copy.deepcopy(model).eval() if settings.kl_coefficient > 0 else None
     model.eval()  # sampling and learning see the same network, and the router keeps no counts
     for rollout in range(settings.rollouts):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 - rollout / settings.rollouts)
         first = rollout * settings.questions_per_rollout
         asked = problems[first : first + settings.questions_per_rollout]
         groups = sample_groups(

@@ -16,6 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def wait_passively() -> None:
+    """Let OpenMP's idle threads sleep instead of spin; to be called before torch is imported.
+
+    On a machine that does anything else, spinning makes two threads several times slower than one.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @dataclass(frozen=True)
 class Context:
     """The environment of a step; see the module's docstring for each field's variable."""

@@ -35,7 +35,7 @@ def tiny() -> ModelConfig:
         n_group=4,
         topk_group=2,
         max_position_embeddings=256,
-        initializer_range=0.02,
+        initializer_range=0.05,  # about 0.5/sqrt(hidden_size); 0.02 is 0.2 nats behind after 150 steps
         torch_dtype="float32",
     )
 

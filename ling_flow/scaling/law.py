@@ -102,7 +102,9 @@ class Recommendation(StrictModel):
     batch_tokens: int = Field(gt=0, description="Recommended batch, tokens per step, inside the explored range")
     batch_tokens_interval: Interval = Field(description="Interval of the fitted optimum, before clamping")
     predicted_loss: float = Field(gt=0, description="Validation loss predicted for the target, nats per token")
-    predicted_loss_interval: Interval = Field(description="Interval of the predicted loss")
+    predicted_loss_interval: Interval = Field(
+        description="Interval of the predicted loss, given that the fitted form holds up to the target"
+    )
     extrapolation_factor: float = Field(gt=0, description="Target compute over the largest compute of a trial")
     clamped: tuple[Literal["learning_rate", "batch_tokens"], ...] = Field(
         description="Which optima lay outside the explored range and were moved to its edge"
