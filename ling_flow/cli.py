@@ -149,7 +149,7 @@ def serve(model_uri: str, port: int | None) -> None:
     from ling_flow.serving.server import serve_foreground
 
     model = resolve_model(model_uri, Context.from_environment())
-    serve_foreground(model.path, model.name, model.fingerprint, port)
+    serve_foreground(model.path, model.name, port, model.fingerprint)
 
 
 @cli.command()

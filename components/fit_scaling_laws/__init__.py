@@ -21,12 +21,12 @@ class FitScalingLawsConfig(StrictModel):
     sequence_length: int = Field(gt=0, description="sequence length at which the target's compute is counted, tokens")
     batch_multiple_tokens: int = Field(128, gt=0, description="the recommended batch is a multiple of this, tokens")
     near_optimal: float = Field(
-        0.1, gt=0, description="readings up to this fraction above the best of their size and compute are fitted"
+        0.15, gt=0, description="readings up to this fraction above the best of their size and compute are fitted"
     )
     huber_delta: float = Field(
         1e-3, gt=0, description="where the Huber loss of log residuals turns from square to linear"
     )
-    bootstrap_samples: int = Field(200, ge=20, description="refits from which the intervals are taken")
+    bootstrap_samples: int = Field(100, ge=20, description="refits from which the intervals are taken")
     allow_extrapolation_factor: float = Field(
         100.0, ge=1, description="largest compute of the target, in units of the largest trial's"
     )

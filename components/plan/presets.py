@@ -75,7 +75,7 @@ def tiny(seed: int) -> LifecycleConfig:
             seed=seed,
         ),
         fit_scaling_laws=FitScalingLawsConfig(
-            model=model, tokens=sum(tokens.values()), sequence_length=128, seed=seed
+            model=model, tokens=sum(tokens.values()), sequence_length=128, bootstrap_samples=100, seed=seed
         ),
         pretrain_short=PretrainConfig(
             stage="short",

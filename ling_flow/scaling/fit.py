@@ -28,7 +28,6 @@ from ling_flow.scaling.surface import (
     BATCH,
     BATCH_CURVATURE,
     BATCH_EXPONENT,
-    FLOOR,
     FORMS,
     LR,
     LR_CURVATURE,
@@ -114,7 +113,7 @@ def objective(
 def _minimise(value: Callable[[Array], tuple[float, Array]], start_P: Array) -> tuple[Array, float]:
     from scipy.optimize import minimize
 
-    done = minimize(value, start_P, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "maxcor": 20})
+    done = minimize(value, start_P, jac=True, method="L-BFGS-B", options={"maxiter": 300, "maxcor": 20})
     return done.x, float(done.fun)
 
 
@@ -125,12 +124,11 @@ def fit_surface(surface: Surface, readings: Readings, delta: float) -> tuple[Arr
     """
     mean_P, sd_P = surface.prior(readings)
     starts = []
-    for lr, batch, curvature, floor in itertools.product((-0.5, 0.5), (-0.5, 0.5), (-1.0, 1.0), (-1.0, 1.0)):
+    for lr, batch, curvature in itertools.product((-0.5, 0.5), (-0.5, 0.5), (-1.0, 1.0)):
         start_P = mean_P.copy()
         start_P[LR] += lr * sd_P[LR]
         start_P[BATCH] += batch * sd_P[BATCH]
         start_P[[LR_CURVATURE, BATCH_CURVATURE]] += curvature
-        start_P[FLOOR] += floor * 0.5 * sd_P[FLOOR]
         starts.append(start_P)
     noise = 0.01
     for _ in range(2):
@@ -178,9 +176,9 @@ def fit_scaling_law(
     target: Target,
     *,
     huber_delta: float = 1e-3,
-    bootstrap_samples: int = 200,
+    bootstrap_samples: int = 100,
     seed: int = 0,
-    near_optimal: float = 0.1,
+    near_optimal: float = 0.15,
     batch_multiple_tokens: int = 128,
     allow_extrapolation_factor: float = 100.0,
     progress: Callable[[int, int], None] = lambda done, total: None,

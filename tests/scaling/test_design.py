@@ -13,6 +13,9 @@ from ling_flow.scaling.design import Rung, Sweep, SweepDesign, finished_trial, p
 from ling_flow.training.settings import OptimizerSettings
 
 MIXTURE = {"a": 1.0}
+BASE = model_preset("tiny").model_copy(
+    update={"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
+)
 OPTIMIZER = OptimizerSettings(learning_rate=1.0)
 
 
@@ -29,7 +32,7 @@ def design(**changes) -> SweepDesign:
 
 
 def plan(**changes):
-    return plan_trials(model_preset("tiny"), design(**changes), OPTIMIZER, 1e-3, MIXTURE, 0)
+    return plan_trials(BASE, design(**changes), OPTIMIZER, 1e-3, MIXTURE, 0)
 
 
 def test_each_rung_runs_half_of_the_grid_and_meets_every_value():
@@ -55,7 +58,7 @@ def test_tokens_follow_from_the_compute_budget():
 @pytest.mark.parametrize("preset", ["tiny", "small", "mini", "flash"])
 def test_width_is_the_only_dial(preset):
     base = model_preset(preset)
-    half = scaled_model(base, 2 * base.hidden_size // (3 if preset == "tiny" else 4))
+    half = scaled_model(base, base.hidden_size // 2)
     ratio = half.hidden_size / base.hidden_size
     assert half.num_attention_heads == base.num_attention_heads * ratio
     assert half.moe_intermediate_size == pytest.approx(base.moe_intermediate_size * ratio, abs=4)
@@ -65,7 +68,7 @@ def test_width_is_the_only_dial(preset):
 
 def test_impossible_designs_are_refused_by_field():
     with pytest.raises(UserError, match=r"rungs\.hidden_size: 40 .* multiple of 32"):
-        scaled_model(model_preset("tiny"), 40)
+        scaled_model(BASE, 40)
     with pytest.raises(UserError, match=r"rungs\.0\.compute_flops"):
         plan(rungs=(Rung(hidden_size=32, compute_flops=1e9),))
     for changes in ({"learning_rates": (4e-3, 2e-3)}, {"read_at": (0.5,)}, {"batch_tokens": (500, 1000)}):
