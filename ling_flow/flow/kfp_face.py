@@ -15,6 +15,8 @@ import linecache
 import os
 import re
 import textwrap
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from ling_flow.config import canonical_json
-from ling_flow.errors import UserError
+from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow.events import report_failure
 from ling_flow.flow.fields import leaves, type_text
 
@@ -34,6 +36,7 @@ DEFAULT_IMAGE = "ling-flow:0.1.0"
 CONFIG_LIMIT = 64 * 1024  # bytes; a task's whole input is one command line argument, and those end at 128 KiB
 ENTRY_POINT = re.compile(r"run_kfp_step\('([\w.]+:\w+)'")  # in the source of every generated component
 _NATURAL = (float, int, bool, str)
+_RUNNER_POLL_SECONDS = 1.0
 
 
 def kfp_component(component: Component) -> Any:
@@ -159,6 +162,7 @@ def run_kfp_step(
 
     exit_on_sigterm()
     label = entry_point.partition(":")[2]
+    _end_with_runner()
     try:
         component = load_component(entry_point)
         size = len(config.encode()) if isinstance(config, str) else 0
@@ -171,6 +175,23 @@ def run_kfp_step(
         return tuple(_parameter(outcome.result, name) for name in result_parameters(component)) or None
     except Exception as error:
         raise SystemExit(report_failure(label, error)) from None
+
+
+def _end_with_runner() -> None:
+    """A local step must not train on unseen after `lingflow run` was killed: it ends with it, as by `kill -9`."""
+    runner = os.environ.get("LING_FLOW_RUNNER_PID")
+    if not runner:
+        return
+
+    def watch() -> None:
+        while True:
+            time.sleep(_RUNNER_POLL_SECONDS)
+            try:
+                os.kill(int(runner), 0)
+            except ProcessLookupError:
+                os._exit(SystemFault.exit_code)
+
+    threading.Thread(target=watch, name="runner-watch", daemon=True).start()
 
 
 def _read_ref(name: str, artifact: Any) -> str | None:

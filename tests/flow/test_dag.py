@@ -1,0 +1,98 @@
+"""Plans read from KFP's own PipelineSpec: order, configs, fingerprints, and the reason why a node will run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from components.plan import PlanConfig, plan
+from ling_flow.errors import UserError
+from ling_flow.flow.artifact import ArtifactStore
+from ling_flow.flow.dag import LoadedDag, known_dags, load_dag, make_plan, pipeline_arguments
+from ling_flow.flow.identity import fingerprint
+from tests.dags.test_lifecycle_ir import PHASES
+
+
+@pytest.fixture(scope="module")
+def lifecycle() -> LoadedDag:
+    return load_dag("lifecycle")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "artifacts", tmp_path / "cache")
+
+
+def test_the_lifecycle_is_known_by_name() -> None:
+    assert known_dags() == ["lifecycle"]
+
+
+def test_nodes_come_in_execution_order_with_their_edges(lifecycle: LoadedDag, store: ArtifactStore) -> None:
+    nodes = make_plan(lifecycle, pipeline_arguments(lifecycle, {}), store, frozenset())
+    assert [node.label for node in nodes] == PHASES
+    by_label = {node.label: node for node in nodes}
+    mid, short = by_label["pretrain_mid"], by_label["pretrain_short"]
+    assert mid.inputs["previous"] == f"{store.root}/pretrain/{short.fingerprint}/checkpoints"
+    assert short.inputs["previous"] is None
+    assert mid.config.stage == "mid"
+
+
+def test_a_nodes_fingerprint_is_that_of_the_step(lifecycle: LoadedDag, store: ArtifactStore) -> None:
+    nodes = {node.label: node for node in make_plan(lifecycle, lifecycle.parameters, store, frozenset())}
+    tunnel, data = nodes["wind_tunnel"], nodes["prepare_data"]
+    inputs = {"corpus": f"{data.fingerprint}/corpus"}
+    assert tunnel.fingerprint == fingerprint("wind_tunnel", tunnel.component.version, tunnel.config, inputs)
+
+
+def test_a_change_reaches_what_depends_on_it_and_nothing_else(lifecycle: LoadedDag, store: ArtifactStore) -> None:
+    def fingerprints(overrides: str) -> dict[str, str]:
+        arguments = pipeline_arguments(lifecycle, {"overrides": overrides})
+        return {node.label: node.fingerprint for node in make_plan(lifecycle, arguments, store, frozenset())}
+
+    before, after = fingerprints("{}"), fingerprints('{"merge_checkpoints": {"last_k": 3}}')
+    changed = [label for label in PHASES if before[label] != after[label]]
+    assert changed == ["plan", *PHASES[PHASES.index("merge_checkpoints") :]]
+
+
+def test_a_context_field_changes_nothing(lifecycle: LoadedDag, store: ArtifactStore) -> None:
+    def fingerprints(overrides: str) -> list[str]:
+        arguments = pipeline_arguments(lifecycle, {"overrides": overrides})
+        return [node.fingerprint for node in make_plan(lifecycle, arguments, store, frozenset())][1:]
+
+    assert fingerprints("{}") == fingerprints('{"pretrain_short": {"threads": 1}, "deploy": {"port": 9000}}')
+
+
+def test_whole_numbers_stay_whole(lifecycle: LoadedDag) -> None:
+    assert lifecycle.parameters["seed"] == 0
+    assert isinstance(lifecycle.parameters["seed"], int)
+
+
+def test_unknown_parameters_and_steps_are_refused(lifecycle: LoadedDag, store: ArtifactStore) -> None:
+    with pytest.raises(UserError, match="takes no parameter 'colour'; it takes: overrides, preset, seed"):
+        pipeline_arguments(lifecycle, {"colour": "red"})
+    with pytest.raises(UserError, match="--rebuild nothing: no such step; steps are plan, prepare_data"):
+        make_plan(lifecycle, lifecycle.parameters, store, frozenset({"nothing"}))
+
+
+def test_a_pipeline_of_ones_own_is_loaded_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from kfp import dsl\nfrom components.plan import plan\n\n"
+        "@dsl.pipeline\ndef mine(preset: str = 'tiny'):\n    plan.kfp(preset=preset)\n"
+    )
+    dag = load_dag(str(file))
+    assert (dag.name, dag.parameters) == ("mine", {"preset": "tiny"})
+    file.write_text("x = 1\n")
+    with pytest.raises(UserError, match="defines no @dsl.pipeline function called 'mine'"):
+        load_dag(str(file))
+
+
+def test_the_planners_identity_holds_what_it_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    from components.plan import presets
+
+    assert plan.resolve is not None
+    before = plan.resolve(PlanConfig())
+    changed = presets.tiny(0).model_copy(update={"deploy": presets.tiny(5).deploy})
+    monkeypatch.setitem(presets.PRESETS, "tiny", lambda seed: changed)
+    assert plan.resolve(PlanConfig()).resolved != before.resolved

@@ -1,0 +1,64 @@
+"""The view of a running DAG: from event lines to states, lines and a table."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ling_flow.flow.live import StepState, Watcher, headline, summary_table
+
+
+def event(kind: str, /, **payload: Any) -> dict[str, Any]:
+    return {"event": kind, "time": 100.0, "step": "train", **payload}
+
+
+def test_a_step_goes_through_its_states() -> None:
+    state = StepState("train")
+    state.apply(event("start", component="train", fingerprint="f"))
+    assert state.status == "running"
+    state.apply({**event("progress", done=25, total=100, text="lr 0.1", metrics={"loss": 2.5}), "time": 110.0})
+    assert state.detail == "25 %  lr 0.1  loss 2.5  30 s left".rjust(len(state.detail))
+    done = event("done", fingerprint="f", cached=False, seconds=40.0, result={"loss": 2.0}, outputs={"model": "/m"})
+    state.apply(done)
+    assert (state.status, state.seconds, state.result) == ("done", 40.0, {"loss": 2.0})
+    state.apply({**done, "cached": True})
+    assert (state.status, state.seconds) == ("cached", 0.0)
+
+
+def test_an_error_is_kept_whole() -> None:
+    state = StepState("train")
+    state.apply(event("error", kind="user", message="field: wrong"))
+    assert state.status == "failed"
+    assert state.error is not None and state.error["kind"] == "user"
+
+
+def test_without_a_terminal_lines_are_printed_and_half_lines_wait(tmp_path: Path) -> None:
+    events, out = tmp_path / "events.jsonl", io.StringIO()
+    half = json.dumps(event("done", fingerprint="f", cached=True, seconds=1.0, result={"n": 3}, outputs={}))
+    with Watcher(events, ["train", "later"], Console(file=out, width=200)) as watcher:
+        with events.open("w") as stream:
+            stream.write(json.dumps(event("start", component="train", fingerprint="f")) + "\n" + half[:20])
+        offset = watcher._take_in(0)
+        assert watcher.steps["train"].status == "running"
+        with events.open("a") as stream:
+            stream.write(half[20:] + "\n")
+        assert watcher._take_in(offset) > offset
+    assert watcher.steps["train"].status == "cached"
+    assert watcher.steps["later"].status == "waiting"
+    assert "train: cached  n 3" in out.getvalue()
+
+
+def test_the_table_shows_phase_time_and_what_it_achieved() -> None:
+    done = StepState("train", status="done", seconds=12.34, result={"loss": 1.23456, "tokens": 2_000_000})
+    out = io.StringIO()
+    Console(file=out, width=100).print(summary_table([done, StepState("data", status="cached", result={})]))
+    assert "12.3 s" in out.getvalue() and "loss 1.235  tokens 2,000,000" in out.getvalue()
+    assert "cached" in out.getvalue()
+
+
+def test_a_long_text_is_cut_and_nested_values_are_left_out() -> None:
+    assert headline({"config": {"a": 1}, "text": "x" * 100}) == "text " + "x" * 57 + "…"
