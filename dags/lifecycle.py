@@ -23,7 +23,7 @@ from components.wind_tunnel import wind_tunnel
 
 
 @dsl.pipeline(name="lifecycle", description="A Ling-2.0-style sparse MoE, from nothing to a served endpoint.")
-def lifecycle(preset: str = "tiny", overrides: str = "{}", seed: int = 0):
+def lifecycle(preset: str = "tiny", overrides: str = "{}", seed: int = 0) -> None:
     """Args:
     preset: Name of a typed preset: tiny (laptop, minutes) or small.
     overrides: JSON object laid over the preset, for example {"pretrain_short": {"tokens": 200000}}.
@@ -53,12 +53,8 @@ def lifecycle(preset: str = "tiny", overrides: str = "{}", seed: int = 0):
         config=configs["merge_checkpoints"], checkpoints=long.outputs["checkpoints"], corpus=corpus
     )
 
-    capability = capability_pass.kfp(
-        config=configs["capability_pass"], base=merge.outputs["model"], corpus=corpus
-    )
-    preference = preference_pass.kfp(
-        config=configs["preference_pass"], base=capability.outputs["model"], corpus=corpus
-    )
+    capability = capability_pass.kfp(config=configs["capability_pass"], base=merge.outputs["model"], corpus=corpus)
+    preference = preference_pass.kfp(config=configs["preference_pass"], base=capability.outputs["model"], corpus=corpus)
     model = preference.outputs["model"]
 
     report = evaluate.kfp(config=configs["evaluate"], model=model, corpus=corpus)

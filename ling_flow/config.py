@@ -1,7 +1,7 @@
 """Typed configuration: strict Pydantic models, one-line errors, dotted overrides, and which fields bear identity.
 
-Every config in the project derives from `StrictModel`. A field that cannot change the numbers a step produces (a path, a port, a
-device) is declared with `context_field` and a stated reason; all others take part in the step's fingerprint.
+Every config in the project derives from `StrictModel`. A field that cannot change the numbers a step produces (a path,
+a port, a device) is declared with `context_field` and a stated reason; all others take part in the step's fingerprint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def context_field(default: Any = ..., *, why: str, description: str, **constrain
 
 
 def identity_of(config: BaseModel) -> dict[str, Any]:
-    """The identity-bearing part of `config` as plain JSON data: everything but the fields declared by `context_field`."""
+    """The identity-bearing part of `config` as plain JSON data: all fields but those declared by `context_field`."""
 
     def strip(model: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
         kept = {}
@@ -91,7 +91,9 @@ def _known_fields(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]
     """Field names of the model that `loc` (a Pydantic error location) points into."""
     current: Any = model
     for part in list(loc)[:-1]:
-        annotation = current.model_fields[part].annotation if _is_model(current) and part in current.model_fields else None
+        annotation = (
+            current.model_fields[part].annotation if _is_model(current) and part in current.model_fields else None
+        )
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         current = next((item for item in candidates if _is_model(item)), None)
     return list(current.model_fields) if _is_model(current) else []

@@ -11,7 +11,7 @@ class LingFlowError(Exception):
 
 
 class UserError(LingFlowError):
-    """Something the user gave is wrong. One line that names the field or file and says what would be right; never retried."""
+    """What the user gave is wrong. One line that names field or file and says what would be right; never retried."""
 
     exit_code = 2
 

@@ -76,7 +76,9 @@ def test_config_file_and_command_line_together(call: Call, tmp_path: Path) -> No
     config = tmp_path / "own.yaml"
     config.write_text("seed: 7\npretrain_short:\n  tokens: 70000\n  gradient_clip: 0.5\n")
     plain = {node["step"]: node["fingerprint"] for node in call("plan", "--json").json["nodes"]}
-    changed = {node["step"]: node["fingerprint"] for node in call("plan", "--json", "--config", str(config)).json["nodes"]}
+    changed = {
+        node["step"]: node["fingerprint"] for node in call("plan", "--json", "--config", str(config)).json["nodes"]
+    }
     assert all(plain[step] != changed[step] for step in plain), "the seed reaches every step"
     over = call("plan", "--json", "--config", str(config), "--set", "pretrain_short.tokens=80000").json["nodes"]
     same = [node["step"] for node in over if node["fingerprint"] == changed[node["step"]]]
@@ -111,5 +113,3 @@ def test_doctor_fails_where_the_home_cannot_be_written(call: Call, tmp_path: Pat
     done = call("--home", str(tmp_path / "file" / "home"), "doctor", "--json")
     assert done.code == 3
     assert {check["name"] for check in done.json["checks"] if check["status"] == "failed"} == {"home"}
-
-

@@ -65,7 +65,10 @@ def submit(address: str, *command: str, **environment: str) -> str:
     """Submit `command` with the repository as working directory; what the job printed."""
     runtime = json.dumps({"env_vars": environment})
     done = subprocess.run(
-        [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--runtime-env-json", runtime, "--", *command],
+        [
+            RAY, "job", "submit", "--address", address, "--working-dir", ".", "--runtime-env-json", runtime, "--",
+            *command,
+        ],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,7 +91,9 @@ def test_pretrain_as_a_ray_job_gives_what_a_plain_process_gives(
     root = tmp_path / "artifacts"
     for phase in ("prepare_data", "wind_tunnel", "fit_scaling_laws", "pretrain_short"):
         (tmp_path / f"{phase}.yaml").write_text(yaml.safe_dump(_whole_config(phase)))
-    data = call("--config", str(tmp_path / "prepare_data.yaml"), "--root", str(root), "--json", module="components.prepare_data")
+    data = call(
+        "--config", str(tmp_path / "prepare_data.yaml"), "--root", str(root), "--json", module="components.prepare_data"
+    )
     corpus = data.json["outputs"]["corpus"]
     tunnel = call(
         "--config", str(tmp_path / "wind_tunnel.yaml"), "--corpus", corpus, "--root", str(root), "--json",

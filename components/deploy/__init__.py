@@ -74,9 +74,7 @@ def _still_deployed(result: DeployResult, root: Path) -> bool:
 
 
 @component(version=1, resources=Resources(cpus=2, memory_gib=4), still_valid=_still_deployed)
-def deploy(
-    config: DeployConfig, registration: Input[Metrics], deployment: Output[Metrics], step: Step
-) -> DeployResult:
+def deploy(config: DeployConfig, registration: Input[Metrics], deployment: Output[Metrics], step: Step) -> DeployResult:
     """Serve the registry's champion, in place of what its endpoint served before, and ask it a held-out question."""
     from ling_flow.data.reasoning import problems, score
     from ling_flow.flow.context import Context

@@ -23,7 +23,6 @@ from ling_flow.config import StrictModel, canonical_json, identity_of, merge, pa
 from ling_flow.errors import UserError
 from ling_flow.flow.component import Resources, component
 
-
 warnings.filterwarnings("ignore", message='Field name "register" in "LifecycleConfig" shadows')  # ABCMeta.register
 
 
@@ -40,7 +39,7 @@ class LifecycleConfig(StrictModel):
     capability_pass: CapabilityPassConfig = Field(description="config of capability_pass")
     preference_pass: PreferencePassConfig = Field(description="config of preference_pass")
     evaluate: EvaluateConfig = Field(description="config of evaluate")
-    register: RegisterConfig = Field(description="config of register")  # type: ignore[assignment]
+    register: RegisterConfig = Field(description="config of register")
     deploy: DeployConfig = Field(description="config of deploy")
 
 
@@ -50,7 +49,9 @@ class PlanConfig(StrictModel):
     preset: str = Field("tiny", description="named sizes of everything: tiny (laptop, minutes) or small")
     overrides: str = Field("{}", description='JSON object by phase, for example {"pretrain_short": {"tokens": 200000}}')
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every phase")
-    resolved: str = Field("", description="digest of the resolved configs; filled in, so that a changed preset is a new plan")
+    resolved: str = Field(
+        "", description="digest of the resolved configs; filled in, so that a changed preset is a new plan"
+    )
 
 
 def resolve_lifecycle(config: PlanConfig) -> LifecycleConfig:

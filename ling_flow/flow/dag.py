@@ -157,7 +157,7 @@ def _component_of(spec: Mapping[str, Any], task: Mapping[str, Any]) -> Component
     found = ENTRY_POINT.search(" ".join([*container.get("command", ()), *container.get("args", ())]))
     if not found:
         raise UserError(
-            f"task {task['taskInfo']['name']!r}: is not made by a ling_flow component's .kfp, so its identity is unknown"
+            f"task {task['taskInfo']['name']!r}: is not made by a component's .kfp, so its identity is unknown"
         )
     return load_component(found[1])
 

@@ -1,4 +1,4 @@
-"""What a person sees while a DAG runs: a live table on a terminal, plain lines elsewhere; both follow the event file."""
+"""What a person sees while a DAG runs: a live table on a terminal, plain lines elsewhere; both from the event file."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ class DagRun:
                 step.label: {
                     "seconds": round(step.seconds, 2),
                     "cached": step.status == "cached",
-                    "metrics": {name: value for name, value in step.result.items() if not isinstance(value, dict | list)},
+                    "metrics": {
+                        name: value for name, value in step.result.items() if not isinstance(value, dict | list)
+                    },
                     "artifacts": step.outputs,
                 }
                 for step in self.steps

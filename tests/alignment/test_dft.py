@@ -10,8 +10,7 @@ from tests.alignment.micro import easy_problems, model, tokenizer
 
 PROBLEM = Problem("47 + 38 = ?", ["47 + 30 = 77", "77 + 8 = 85"], "85", "chain_sum", 2)
 PROMPT = (
-    "<role>SYSTEM</role>detailed thinking {}<|role_end|>"
-    "<role>HUMAN</role>47 + 38 = ?<|role_end|><role>ASSISTANT</role>"
+    "<role>SYSTEM</role>detailed thinking {}<|role_end|><role>HUMAN</role>47 + 38 = ?<|role_end|><role>ASSISTANT</role>"
 )
 THOUGHT = "\n<think>\n47 + 30 = 77\n77 + 8 = 85\n</think>\n\n"
 ANSWER = "85<|role_end|><|endoftext|>"

@@ -1,6 +1,7 @@
 """The whole lifecycle through the command line, and the figures it must show at preset tiny.
 
-LING_FLOW_TEST_HOME names a home whose artifacts may be used (CI runs the lifecycle there first); without it everything is computed.
+LING_FLOW_TEST_HOME names a home whose artifacts may be used (CI runs the lifecycle there first); without it everything
+is computed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def test_every_figure_it_must_show(tiny: dict[str, Any]) -> None:
         assert figures[stage]["validation_loss"] < 0.6 * data["unigram_entropy"]
         assert figures[stage]["tokens_per_second"] > 0
     law = figures["fit_scaling_laws"]
-    assert figures["pretrain_short"]["learning_rate"] == law["learning_rate"], "what the wind tunnel found is what is used"
+    assert figures["pretrain_short"]["learning_rate"] == law["learning_rate"], (
+        "what the wind tunnel found is what is used"
+    )
     assert abs(figures["pretrain_short"]["batch_tokens"] - law["batch_tokens"]) <= 128
     assert merged["validation_loss_merged"] < merged["validation_loss_last"]
     assert figures["capability_pass"]["thinking_switch_obeyed"] >= 0.95

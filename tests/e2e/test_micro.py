@@ -63,10 +63,13 @@ def test_killed_inside_a_training_step_and_run_again(home: Path, call: Call, env
     assert computed(result) == PHASES[4:]
     events = max(home.glob("runs/*/events.jsonl"), key=lambda path: path.stat().st_mtime)
     said = [json.loads(line) for line in events.read_text().splitlines()]
-    assert any(event["event"] == "log" and "resum" in event["text"] for event in said if event["step"] == "pretrain_short")
+    assert any(
+        event["event"] == "log" and "resum" in event["text"] for event in said if event["step"] == "pretrain_short"
+    )
 
     unbroken = call(
-        "--config", *_write_config(home, "pretrain_short"), "--corpus", result["phases"]["prepare_data"]["artifacts"]["corpus"],
+        "--config", _write_config(home, "pretrain_short"),
+        "--corpus", result["phases"]["prepare_data"]["artifacts"]["corpus"],
         "--scaling_law", result["phases"]["fit_scaling_laws"]["artifacts"]["scaling_law"],
         "--root", str(home / "unbroken"), "--json", module="components.pretrain", timeout=300,
     )  # fmt: skip
@@ -77,13 +80,13 @@ def test_killed_inside_a_training_step_and_run_again(home: Path, call: Call, env
     assert (ours / latest / "model.safetensors").read_bytes() == (theirs / latest / "model.safetensors").read_bytes()
 
 
-def _write_config(home: Path, phase: str) -> list[str]:
+def _write_config(home: Path, phase: str) -> str:
     """The config of a phase of the newest run, as a file for the component's own command line."""
     newest = max(home.glob("runs/*/plan.json"), key=lambda path: path.stat().st_mtime)
     config = next(node["config"] for node in json.loads(newest.read_text()) if node["step"] == phase)
     path = home / f"{phase}.yaml"
     path.write_text(json.dumps(config))
-    return [str(path)]
+    return str(path)
 
 
 def test_run_again_nothing_is_computed(home: Path, call: Call) -> None:

@@ -84,7 +84,7 @@ def test_a_pipeline_of_ones_own_is_loaded_from_its_file(tmp_path: Path) -> None:
     dag = load_dag(str(file))
     assert (dag.name, dag.parameters) == ("mine", {"preset": "tiny"})
     file.write_text("x = 1\n")
-    with pytest.raises(UserError, match="defines no @dsl.pipeline function called 'mine'"):
+    with pytest.raises(UserError, match=r"defines no @dsl\.pipeline function called 'mine'"):
         load_dag(str(file))
 
 
