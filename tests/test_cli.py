@@ -88,7 +88,7 @@ def test_config_file_and_command_line_together(call: Call, tmp_path: Path) -> No
 def test_plan_says_why(call: Call) -> None:
     nodes = {node["step"]: node for node in call("plan", "--json").json["nodes"]}
     assert nodes["prepare_data"]["reason"] == "no artifact yet"
-    assert nodes["pretrain_mid"]["reason"].startswith("needs fit_scaling_laws, prepare_data, pretrain_short")
+    assert nodes["pretrain_mid"]["reason"].startswith("needs prepare_data, fit_scaling_laws, pretrain_short")
     assert {node["state"] for node in nodes.values()} == {"run"}
 
 

@@ -22,7 +22,7 @@ class CapabilityPassConfig(StrictModel):
 
     tasks: tuple[TaskSpec, ...] = Field(TASKS, min_length=1, description="families of problems and their difficulties")
     problems: int = Field(8_000, ge=1, description="training problems, each learnt with thinking and without")
-    steps: int = Field(400, ge=1, description="optimizer steps")
+    steps: int = Field(300, ge=1, description="optimizer steps")
     warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
     examples_per_batch: int = Field(32, ge=1, description="examples per optimizer step")
     learning_rate: float = Field(1e-3, gt=0, description="peak of AdamW's learning rate; falls to 0 along a cosine")

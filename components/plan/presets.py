@@ -11,7 +11,7 @@ from components.evaluate import EvaluateConfig
 from components.fit_scaling_laws import FitScalingLawsConfig
 from components.merge_checkpoints import MergeCheckpointsConfig
 from components.preference_pass import PreferencePassConfig
-from components.prepare_data import PrepareDataConfig
+from components.prepare_data import PrepareDataConfig, default_sources
 from components.pretrain import PretrainConfig
 from components.register import RegisterConfig
 from components.wind_tunnel import WindTunnelConfig
@@ -128,4 +128,65 @@ def tiny(seed: int) -> LifecycleConfig:
     )
 
 
-PRESETS: dict[str, Callable[[int], LifecycleConfig]] = {"tiny": tiny}
+def small(seed: int) -> LifecycleConfig:
+    """Ten times the active parameters of `tiny` and a larger vocabulary: for an hour of a CPU, or minutes of one GPU."""
+    from components.plan import LifecycleConfig
+
+    model = model_preset("small")
+    tokens = {"short": 2_400_000, "mid": 1_400_000, "long": 1_200_000}
+
+    def stage(name: str, length: int, mixture: dict[str, float], theta: float, saved: int, kept: int) -> PretrainConfig:
+        return PretrainConfig(
+            stage=name,
+            model=model,
+            tokens=tokens[name],
+            sequence_length=length,
+            rope_theta=theta,
+            mixture=mixture,
+            expert_bias_update_rate=BIAS_RATE,
+            checkpoints_saved=saved,
+            checkpoints_kept=kept,
+            seed=seed,
+        )
+
+    sources = [
+        source.model_copy(update={"documents": 20_000})
+        if source.kind == "reasoning"
+        else source.model_copy(update={"max_characters": 6_000_000})
+        for source in default_sources()
+    ]
+    base = tiny(seed)
+    return LifecycleConfig(
+        prepare_data=PrepareDataConfig(sources=sources, vocab_size=4096, tokenizer_characters=4_000_000, seed=seed),
+        wind_tunnel=WindTunnelConfig(
+            model=model,
+            design=SweepDesign(
+                rungs=(
+                    Rung(hidden_size=128, compute_flops=1.5e12),
+                    Rung(hidden_size=256, compute_flops=4e12),
+                    Rung(hidden_size=384, compute_flops=8e12),
+                ),
+                learning_rates=(5e-4, 1.25e-3, 3e-3),
+                batch_tokens=(1024, 2048, 4096),
+                sequence_length=256,
+                warmup_tokens=8192,
+                validation_tokens=8192,
+            ),
+            mixture=SHORT_MIXTURE,
+            expert_bias_update_rate=BIAS_RATE,
+            seed=seed,
+        ),
+        fit_scaling_laws=FitScalingLawsConfig(model=model, tokens=sum(tokens.values()), sequence_length=256, seed=seed),
+        pretrain_short=stage("short", 256, SHORT_MIXTURE, 1e4, 8, 2),
+        pretrain_mid=stage("mid", 384, MID_MIXTURE, 3e4, 5, 2),
+        pretrain_long=stage("long", 512, LONG_MIXTURE, 1e5, 16, 10),
+        merge_checkpoints=base.merge_checkpoints,
+        capability_pass=CapabilityPassConfig(seed=seed),
+        preference_pass=PreferencePassConfig(seed=seed),
+        evaluate=EvaluateConfig(seed=seed + 1),
+        register=base.register.model_copy(update={"model_name": "ling-small"}),
+        deploy=DeployConfig(seed=seed),
+    )
+
+
+PRESETS: dict[str, Callable[[int], LifecycleConfig]] = {"tiny": tiny, "small": small}

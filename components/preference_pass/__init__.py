@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from components.capability_pass import TASKS
 from components.contracts import check_same_tokenizer
 from ling_flow.alignment.settings import LpoSettings
 from ling_flow.config import StrictModel, context_field
 from ling_flow.data.reasoning import TaskSpec
 from ling_flow.flow.component import Dataset, Input, Model, Output, Resources, Step, component
+
+# Where a sampled answer is right now and then: groups in which all are right, or none, teach little.
+TASKS = (
+    TaskSpec(name="number_sorting", difficulties=(1,), weight=4),
+    TaskSpec(name="chain_sum", difficulties=(1, 2), weight=3),
+    TaskSpec(name="gcd", difficulties=(1,), weight=1),
+)
 
 
 class PreferencePassConfig(StrictModel):
@@ -18,7 +24,7 @@ class PreferencePassConfig(StrictModel):
     tasks: tuple[TaskSpec, ...] = Field(TASKS, min_length=1, description="families of problems and their difficulties")
     lpo: LpoSettings = Field(LpoSettings(), description="sampling, reward and optimisation")
     held_out_problems: int = Field(
-        200, ge=2, description="held-out problems for the comparison, each asked with thinking and without"
+        300, ge=2, description="held-out problems for the comparison, each asked with thinking and without"
     )
     held_out_samples: int = Field(
         4, ge=1, description="answers to each of these prompts, before and after, sampled at temperature 1"

@@ -52,7 +52,7 @@ def align(
     model.eval()  # sampling and learning see the same network, and the router keeps no counts
     for rollout in range(settings.rollouts):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * (1 - rollout / settings.rollouts)
+            group["lr"] = settings.learning_rate * _rate_factor(rollout, settings.rollouts)
         first = rollout * settings.questions_per_rollout
         asked = problems[first : first + settings.questions_per_rollout]
         groups = sample_groups(
@@ -62,7 +62,7 @@ def align(
             settings.group_size,
             settings.rewards,
             max_new_tokens=settings.max_new_tokens,
-            seed=seed + first,
+            seed=seed + first * settings.group_size,
             sequences_per_batch=settings.sequences_per_batch,
         )
         clipped, drift, kl = [], [], []
@@ -85,6 +85,11 @@ def align(
             drift.append(objective.drift)
         numbers = {"clipped_share": clipped, "ratio_drift": drift, "kl": kl}
         on_rollout(rollout, _summary(groups) | {name: fmean(values) for name, values in numbers.items() if values})
+
+
+def _rate_factor(rollout: int, rollouts: int) -> float:
+    """Up over the first tenth of the rollouts, for AdamW's first steps are its noisiest; then down to 0, to settle."""
+    return min(10 * (rollout + 1) / rollouts, 1 - rollout / rollouts)
 
 
 def _summary(groups: Sequence[Group]) -> dict[str, float]:

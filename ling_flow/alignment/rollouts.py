@@ -52,7 +52,7 @@ def sample_groups(
 
 
 def minibatches(groups: Sequence[Group], tokenizer: Tokenizer, groups_per_minibatch: int) -> list[list[LpoResponse]]:
-    """Whole groups in their order, `groups_per_minibatch` at a time.
+    """Whole groups in their order, at most `groups_per_minibatch` at a time.
 
     Groups that teach nothing are dropped first: those whose rewards are all the same, and those that differ in
     length alone while nothing is right. Advantages are standardised, so the latter would teach brevity, and nothing
@@ -64,7 +64,9 @@ def minibatches(groups: Sequence[Group], tokenizer: Tokenizer, groups_per_miniba
         if (any(reward.correct for reward in group.rewards) or len({reward.format for reward in group.rewards}) > 1)
         and (advantages := group_advantages([reward.total for reward in group.rewards])) is not None
     ]
-    cut = [taught[first : first + groups_per_minibatch] for first in range(0, len(taught), groups_per_minibatch)]
+    # As equal as can be: a small rest would be the noisiest step of all.
+    count = -(-len(taught) // groups_per_minibatch)
+    cut = [taught[len(taught) * part // count : len(taught) * (part + 1) // count] for part in range(count)]
     return [
         [
             LpoResponse(

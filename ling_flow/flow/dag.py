@@ -37,7 +37,7 @@ class LoadedDag:
     def parameters(self) -> dict[str, Any]:
         """Pipeline parameters and their defaults (None where there is none)."""
         declared = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
-        return {name: _whole(given.get("defaultValue")) for name, given in declared.items()}
+        return {name: _whole(declared[name].get("defaultValue")) for name in sorted(declared)}
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,16 @@ def _resolve(
     inputs: dict[str, str | None] = {name: None for name in component.inputs}
     identities: dict[str, str] = {}
     upstream = {}
-    for name, source in spec.get("inputs", {}).get("artifacts", {}).items():
-        edge = source["taskOutputArtifact"]
+    edges = spec.get("inputs", {}).get("artifacts", {})
+    for name in (name for name in component.inputs if name in edges):  # protobuf's maps have no order of their own
+        edge = edges[name]["taskOutputArtifact"]
         producer = nodes[edge["producerTask"]]
         identities[name] = f"{producer.fingerprint}/{edge['outputArtifactKey']}"
         inputs[name] = store.ref(producer.component.name, producer.fingerprint, edge["outputArtifactKey"])
         upstream[producer.label] = producer
     key = fingerprint(component.name, component.version, config, identities)
     cached, reason, made_by = _judge(component, label, key, identity_of(config), upstream, store, rebuild)
-    needs = tuple(nodes[name].label for name in spec.get("dependentTasks", ()))
+    needs = tuple(nodes[name].label for name in nodes if name in spec.get("dependentTasks", ()))
     return Node(task, label, component, config, inputs, key, cached, reason, made_by, needs)
 
 

@@ -67,10 +67,11 @@ def test_minibatches_hold_whole_groups_that_teach() -> None:
     only_length = Group([answer(5), answer(9)], [Reward(0.0, 0.0, 0.0), Reward(0.0, -0.02, 0.0)])
     only_format = Group([answer(5), answer(9)], [Reward(0.0, 0.0, 0.0), Reward(0.0, 0.0, -0.5)])
     parts = minibatches([right, same, only_length, only_format, right], tokenizer(), 2)
-    assert [[len(item.tokens) for item in part] for part in parts] == [[5, 7, 5, 9], [5, 7]]
+    assert [[len(item.tokens) for item in part] for part in parts] == [[5, 7], [5, 9, 5, 7]]
     # 1 / (tokens of the group · groups of the minibatch)
-    assert [item.weight for item in parts[0]] == pytest.approx([1 / 24, 1 / 24, 1 / 28, 1 / 28])
-    assert [item.advantage for item in parts[0]] == pytest.approx([1, -1, 1, -1], abs=1e-4)
+    assert [item.weight for item in parts[1]] == pytest.approx([1 / 28, 1 / 28, 1 / 24, 1 / 24])
+    assert [item.advantage for item in parts[1]] == pytest.approx([1, -1, 1, -1], abs=1e-4)
+    assert minibatches([same, only_length], tokenizer(), 2) == []
 
 
 def test_compare_scores_both_sides_in_one_group() -> None:

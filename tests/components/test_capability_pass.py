@@ -11,7 +11,7 @@ from tests.components.steps import micro_corpus
 CONFIG = {
     "tasks": [{"name": "chain_sum", "difficulties": [1]}],
     "problems": 40,
-    "steps": 60,
+    "steps": 150,
     "examples_per_batch": 8,
     "learning_rate": 1e-2,
     "switch_prompts": 8,
