@@ -18,6 +18,8 @@ from ling_flow import __version__
 from ling_flow.errors import LingFlowError, UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ling_flow.flow.dag import LoadedDag, Node
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -72,8 +74,6 @@ def run(
     as_json: bool,
 ) -> None:
     """Run DAG on this machine (default: lifecycle). Finished steps are served from their artifacts."""
-    from rich.console import Console
-
     from ling_flow.flow.context import Context
     from ling_flow.flow.live import summary_table
     from ling_flow.flow.runner import run_local
@@ -81,7 +81,7 @@ def run(
     loaded, arguments = _choose(dag, preset, seed, assignments, config_file)
     nodes = _plan(loaded, arguments, frozenset(rebuild))
     again = frozenset(node.label for node in nodes) if no_cache else frozenset(rebuild)
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     finished = run_local(loaded, arguments, nodes, Context.from_environment(), console, again)
     console.print()
     console.print(summary_table(finished.steps))
@@ -114,7 +114,6 @@ def plan(
         ]
         click.echo(json.dumps({"dag": loaded.name, "nodes": rows}))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -122,7 +121,7 @@ def plan(
         table.add_column(column, overflow="fold")
     for node in nodes:
         table.add_row(node.label, node.fingerprint, node.state, node.reason)
-    Console().print(table)
+    _console().print(table)
 
 
 @cli.command("compile")
@@ -178,9 +177,7 @@ def lineage(model_uri: str, as_json: bool) -> None:
     if as_json:
         click.echo(tree.model_dump_json())
         return
-    from rich.console import Console
-
-    Console().print(render_tree(tree), soft_wrap=True)
+    _console().print(render_tree(tree))
 
 
 @cli.command()
@@ -202,6 +199,14 @@ def doctor(as_json: bool) -> None:
             click.echo(f"{marks[check.status]} {check.name:12} {check.found}{advice}")
     if any(check.status == "failed" for check in checks):
         sys.exit(3)
+
+
+def _console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal; in files and pipes nothing is folded or cut."""
+    from rich.console import Console
+
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, width=None if terminal else 400)
 
 
 def _choose(

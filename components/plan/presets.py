@@ -49,11 +49,11 @@ LONG_MIXTURE = {
 
 
 def tiny(seed: int) -> LifecycleConfig:
-    """Every phase for real in minutes on two CPU cores: 0.5 M active parameters, about 4 M tokens."""
+    """Every phase for real in minutes on two CPU cores: 0.5 M active parameters, 3.5 M tokens."""
     from components.plan import LifecycleConfig
 
     model = model_preset("tiny")
-    tokens = {"short": 2_000_000, "mid": 1_200_000, "long": 1_000_000}
+    tokens = {"short": 1_600_000, "mid": 1_000_000, "long": 900_000}
     return LifecycleConfig(
         prepare_data=PrepareDataConfig(seed=seed),
         wind_tunnel=WindTunnelConfig(
@@ -112,7 +112,7 @@ def tiny(seed: int) -> LifecycleConfig:
             checkpoints_kept=10,
             seed=seed,
         ),
-        merge_checkpoints=MergeCheckpointsConfig(last_k=10),
+        merge_checkpoints=MergeCheckpointsConfig(last_k=10, validation_tokens=8192),
         capability_pass=CapabilityPassConfig(seed=seed),
         preference_pass=PreferencePassConfig(seed=seed),
         evaluate=EvaluateConfig(seed=seed + 1),
@@ -129,7 +129,7 @@ def tiny(seed: int) -> LifecycleConfig:
 
 
 def small(seed: int) -> LifecycleConfig:
-    """Ten times the active parameters of `tiny` and a larger vocabulary: for an hour of a CPU, or minutes of one GPU."""
+    """Ten times the active parameters of `tiny` and a larger vocabulary: an hour of a CPU, or minutes of one GPU."""
     from components.plan import LifecycleConfig
 
     model = model_preset("small")

@@ -57,7 +57,7 @@ def test_every_figure_it_must_show(tiny: dict[str, Any]) -> None:
     assert merged["validation_loss_merged"] < merged["validation_loss_last"]
     assert figures["capability_pass"]["thinking_switch_obeyed"] >= 0.95
     assert aligned["reward_after"] - aligned["reward_before"] > aligned["reward_standard_error"] > 0
-    assert judged["exact_match_easiest"] > 3 * judged["chance_easiest"]
+    assert judged["exact_match_easiest"] > 2 * judged["chance_easiest"]
     assert judged["exact_match_thinking_on"] > judged["exact_match_thinking_off"] > 0
     assert judged["well_formed"] >= 0.95
     assert figures["register"]["promoted"] is True
