@@ -36,11 +36,32 @@ class Called:
         return json.loads(self.out.strip().splitlines()[-1])
 
 
+def user_environment(home: Path) -> dict[str, str]:
+    """The environment of a user whose home is `home`, with nothing else of ours set."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    return {**kept, "LING_FLOW_HOME": str(home)}
+
+
+def run_module(
+    environment: dict[str, str], *arguments: str, module: str = "ling_flow.cli", timeout: float = 120
+) -> Called:
+    """`python -m MODULE ARGUMENTS` in the repository."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Called(done.returncode, done.stdout, done.stderr)
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """The environment of a user with an empty home and nothing else of ours set."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    return {**kept, "LING_FLOW_HOME": str(tmp_path / "home")}
+    """The environment of a user with an empty home."""
+    return user_environment(tmp_path / "home")
 
 
 @pytest.fixture
@@ -48,15 +69,6 @@ def call(environment: dict[str, str]) -> Callable[..., Called]:
     """`call("plan", "--json")` runs `python -m ling_flow.cli plan --json` in a process of its own."""
 
     def run(*arguments: str, module: str = "ling_flow.cli", timeout: float = 120, **changes: str) -> Called:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            cwd=REPOSITORY,
-            env={**environment, **changes},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return Called(done.returncode, done.stdout, done.stderr)
+        return run_module({**environment, **changes}, *arguments, module=module, timeout=timeout)
 
     return run

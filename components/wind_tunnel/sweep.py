@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ling_flow.errors import LingFlowError, SystemFault, UserError
+from ling_flow.private_ray import prepare_private_ray
 from ling_flow.scaling.design import TrialResult, TrialSpec
 
 ATTEMPTS = 2
@@ -34,7 +35,9 @@ def ray_running(workers: int | None) -> Iterator[None]:
     Raises:
         SystemFault: RAY_ADDRESS is set, but no cluster answers there.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        prepare_private_ray()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning for each task without GPU
     import ray
 
@@ -42,7 +45,6 @@ def ray_running(workers: int | None) -> Iterator[None]:
         yield
         return
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_answers(address)
         try:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ling_flow.private_ray import prepare_private_ray
+
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers are small; 75 MiB is Ray's minimum
 
 
@@ -44,8 +46,8 @@ def run_until_signal(
         RuntimeError: the application did not come up; the message holds the replica's error.
     """
     address = os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not address:
+        prepare_private_ray()
         # In spite of its name, on every system: Ray's own ports, which know no password, stay off the network.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray

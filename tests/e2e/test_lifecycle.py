@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Called
+from tests.conftest import Called, run_module, user_environment
 from tests.dags.test_lifecycle_ir import PHASES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -28,13 +28,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> str:
     return os.environ.get("LING_FLOW_TEST_HOME") or str(tmp_path_factory.mktemp("lifecycle"))
 
 
-@pytest.fixture
-def tiny(home: str, call: Call) -> Iterator[dict[str, Any]]:
-    """The object that `--json` prints; from the second test on every phase comes from its artifact."""
-    done = call("--home", home, "run", "lifecycle", "--preset", "tiny", "--json", timeout=1700)
+@pytest.fixture(scope="module")
+def tiny(home: str) -> Iterator[dict[str, Any]]:
+    """The object that `--json` prints."""
+    environment = user_environment(Path(home))
+    done = run_module(environment, "run", "lifecycle", "--preset", "tiny", "--json", timeout=1700)
     assert done.code == 0, done.err
     yield done.json
-    call("--home", home, "stop")
+    run_module(environment, "stop")
 
 
 def test_every_figure_it_must_show(tiny: dict[str, Any]) -> None:

@@ -1,0 +1,19 @@
+"""A Ray of our own, while a step or an endpoint lasts, leaves nothing behind that changes other Rays of the machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+
+def prepare_private_ray() -> None:
+    """To be called before `ray` is imported, where no RAY_ADDRESS is given.
+
+    Ray 2.60 secures a new local cluster by a token that it writes to ~/.ray/auth_token. From then on every
+    `ray start --head` of that user asks for it, and `ray job submit` does not send it by itself. Ours gets a token that
+    lives in the environment only.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
