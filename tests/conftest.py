@@ -15,7 +15,6 @@ import pytest
 
 # Test processes share few cores with servers and subprocesses; spinning threads would cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parents[1]

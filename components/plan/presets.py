@@ -52,6 +52,7 @@ def tiny(seed: int) -> LifecycleConfig:
     """Every phase for real in minutes on two CPU cores: 0.5 M active parameters, 3.5 M tokens."""
     from components.plan import LifecycleConfig
 
+    # A model this small is as fast on one thread as on two, whatever else the machine does (docs/log.md): threads=1.
     model = model_preset("tiny")
     tokens = {"short": 1_600_000, "mid": 1_000_000, "long": 900_000}
     return LifecycleConfig(
@@ -87,6 +88,7 @@ def tiny(seed: int) -> LifecycleConfig:
             checkpoints_saved=8,
             checkpoints_kept=2,
             seed=seed,
+            threads=1,
         ),
         pretrain_mid=PretrainConfig(
             stage="mid",
@@ -99,6 +101,7 @@ def tiny(seed: int) -> LifecycleConfig:
             checkpoints_saved=5,
             checkpoints_kept=2,
             seed=seed,
+            threads=1,
         ),
         pretrain_long=PretrainConfig(
             stage="long",
@@ -111,11 +114,12 @@ def tiny(seed: int) -> LifecycleConfig:
             checkpoints_saved=16,
             checkpoints_kept=10,
             seed=seed,
+            threads=1,
         ),
-        merge_checkpoints=MergeCheckpointsConfig(last_k=10, validation_tokens=8192),
-        capability_pass=CapabilityPassConfig(seed=seed),
-        preference_pass=PreferencePassConfig(seed=seed),
-        evaluate=EvaluateConfig(seed=seed + 1),
+        merge_checkpoints=MergeCheckpointsConfig(last_k=10, validation_tokens=8192, threads=1),
+        capability_pass=CapabilityPassConfig(seed=seed, threads=1),
+        preference_pass=PreferencePassConfig(seed=seed, threads=1),
+        evaluate=EvaluateConfig(seed=seed + 1, threads=1),
         register=RegisterConfig(
             model_name="ling-tiny",
             gates=(
@@ -180,7 +184,7 @@ def small(seed: int) -> LifecycleConfig:
         pretrain_short=stage("short", 256, SHORT_MIXTURE, 1e4, 8, 2),
         pretrain_mid=stage("mid", 384, MID_MIXTURE, 3e4, 5, 2),
         pretrain_long=stage("long", 512, LONG_MIXTURE, 1e5, 16, 10),
-        merge_checkpoints=base.merge_checkpoints,
+        merge_checkpoints=MergeCheckpointsConfig(last_k=10),
         capability_pass=CapabilityPassConfig(seed=seed),
         preference_pass=PreferencePassConfig(seed=seed),
         evaluate=EvaluateConfig(seed=seed + 1),

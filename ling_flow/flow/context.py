@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-def wait_passively() -> None:
-    """Let OpenMP's idle threads sleep instead of spin; to be called before torch is imported.
+def spin_briefly() -> None:
+    """Let OpenMP's idle threads sleep after a few microseconds of spinning; to be called before torch is imported.
 
-    On a machine that does anything else, spinning makes two threads several times slower than one. NumPy's own threads
-    gain nothing on arrays as small as ours.
+    On a machine that does anything else, long spinning makes two threads several times slower than one (docs/log.md).
+    NumPy's own threads gain nothing on arrays as small as ours.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "300")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 

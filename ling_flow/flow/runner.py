@@ -181,7 +181,9 @@ def _failure_of(watcher: Watcher, directory: Path, error: RuntimeError) -> LingF
     log = directory / "log.txt"
     for state in watcher.failed():
         assert state.error is not None
-        message = f"{state.label}: {state.error['message'].removeprefix(f'{state.label}: ')}"
+        message = state.error["message"]
+        if not message.startswith(state.label):
+            message = f"{state.label}: {message}"
         if state.error["kind"] == "user":
             return UserError(message)
         if state.error["kind"] == "system":

@@ -24,7 +24,7 @@ from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow import events
 from ling_flow.flow.artifact import SCHEMA_VERSION, ArtifactStore, Manifest, OutputRecord, Parent, Ref
 from ling_flow.flow.component import HTML, Component, Input, Output, Step
-from ling_flow.flow.context import Context, wait_passively
+from ling_flow.flow.context import Context, spin_briefly
 from ling_flow.flow.identity import code_version, fingerprint
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def run_step(
         UserError: an input is missing, of the wrong kind, unknown or damaged; or the artifact found is damaged.
         SystemFault: a disk is full, an object store does not answer.
     """
-    wait_passively()
+    spin_briefly()
     context = Context.from_environment()
     cache = context.home / "cache"
     store = ArtifactStore(root or context.artifacts, cache)
