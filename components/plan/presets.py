@@ -133,7 +133,7 @@ def tiny(seed: int) -> LifecycleConfig:
 
 
 def small(seed: int) -> LifecycleConfig:
-    """Ten times the active parameters of `tiny` and a larger vocabulary: an hour of a CPU, or minutes of one GPU."""
+    """Ten times the active parameters of `tiny` and a larger vocabulary; meant for an hour of a CPU, not run whole yet."""
     from components.plan import LifecycleConfig
 
     model = model_preset("small")
