@@ -49,12 +49,12 @@ LONG_MIXTURE = {
 
 
 def tiny(seed: int) -> LifecycleConfig:
-    """Every phase for real in minutes on two CPU cores: 0.5 M active parameters, 3.5 M tokens."""
+    """Every phase for real in minutes on two CPU cores: 0.5 M active parameters, 2.5 M tokens."""
     from components.plan import LifecycleConfig
 
     # A model this small is as fast on one thread as on two, whatever else the machine does (docs/log.md): threads=1.
     model = model_preset("tiny")
-    tokens = {"short": 1_600_000, "mid": 1_000_000, "long": 900_000}
+    tokens = {"short": 1_100_000, "mid": 700_000, "long": 700_000}
     return LifecycleConfig(
         prepare_data=PrepareDataConfig(seed=seed),
         wind_tunnel=WindTunnelConfig(
@@ -116,7 +116,7 @@ def tiny(seed: int) -> LifecycleConfig:
             seed=seed,
             threads=1,
         ),
-        merge_checkpoints=MergeCheckpointsConfig(last_k=10, validation_tokens=8192, threads=1),
+        merge_checkpoints=MergeCheckpointsConfig(last_k=10, validation_tokens=4096, threads=1),
         capability_pass=CapabilityPassConfig(seed=seed, threads=1),
         preference_pass=PreferencePassConfig(seed=seed, threads=1),
         evaluate=EvaluateConfig(seed=seed + 1, threads=1),

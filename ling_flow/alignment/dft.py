@@ -4,14 +4,16 @@ Each problem is learnt twice: with `detailed thinking on` the target is
 `\\n<think>\\nsteps\\n</think>\\n\\nanswer<|role_end|>`, with `detailed thinking off` it is `answer<|role_end|>`.
 Both end with `<|endoftext|>`. The loss counts the target alone.
 
-Shapes: B examples, S tokens after the first.
+Shapes: S1 tokens of all examples of a batch, S = S1 - 1.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from ling_flow.data.reasoning import Problem
 from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.errors import UserError
 from ling_flow.evaluation.tasks import prompt_tokens
+from ling_flow.model.packing import in_one_row
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.training.optimizer import build_optimizer
 from ling_flow.training.settings import OptimizerSettings
@@ -46,8 +49,16 @@ def dft_examples(problem: Problem, tokenizer: Tokenizer) -> list[Example]:
     ]
 
 
+class DftBatch(NamedTuple):
+    """Arguments of `model.loss`."""
+
+    tokens_1S1: Tensor  # int64
+    documents_1S1: Tensor  # int64: number of the example
+    mask_1S: Tensor  # bool: true where the next token is one of the assistant's
+
+
 class DftBatches:
-    """Shuffled examples, padded on the right; `batch(step)` is a pure function of the arguments."""
+    """Shuffled examples, packed into one row; `batch(step)` is a pure function of the arguments."""
 
     def __init__(self, examples: Sequence[Example], examples_per_batch: int, seed: int, max_tokens: int) -> None:
         """
@@ -71,19 +82,14 @@ class DftBatches:
         """Whole batches in one pass; what is left over at its end is dropped."""
         return len(self.examples) // self.examples_per_batch
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """(tokens_BS1 int64, mask_BS bool): the mask is true where position i predicts a token of the assistant's."""
+    def batch(self, step: int) -> DftBatch:
         epoch, place = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
         chosen = [self.examples[i] for i in order[place * self.examples_per_batch :][: self.examples_per_batch]]
-        longest = max(len(item.prompt) + len(item.target) for item in chosen)
-        tokens_BS1 = torch.zeros(len(chosen), longest, dtype=torch.int64)
-        mask_BS = torch.zeros(len(chosen), longest - 1, dtype=torch.bool)
-        for row, item in enumerate(chosen):
-            prompt, end = len(item.prompt), len(item.prompt) + len(item.target)
-            tokens_BS1[row, :end] = torch.tensor(item.prompt + item.target)
-            mask_BS[row, prompt - 1 : end - 1] = True
-        return tokens_BS1, mask_BS
+        tokens_1S1, documents_1S1 = in_one_row([item.prompt + item.target for item in chosen])
+        is_target = [[False] * len(item.prompt) + [True] * len(item.target) for item in chosen]
+        mask_1S = torch.tensor([list(itertools.chain.from_iterable(is_target))[1:]])
+        return DftBatch(tokens_1S1, documents_1S1, mask_1S)
 
 
 def warmup_then_cosine(step: int, steps: int, warmup: int) -> float:
@@ -115,8 +121,8 @@ def fine_tune(
         learning_rate = optimizer_settings.learning_rate * warmup_then_cosine(step, steps, warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        tokens_BS1, mask_BS = (part.to(device) for part in batches.batch(step))
-        output = model.loss(tokens_BS1, mask_BS)
+        batch = DftBatch(*(part.to(device) for part in batches.batch(step)))
+        output = model.loss(batch.tokens_1S1, batch.mask_1S, batch.documents_1S1)
         optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer_settings.gradient_clip)

@@ -7,17 +7,21 @@
 Unpublished, and ours: what ends a sentence (`sentence_of_token`), and that groups whose rewards are all the same are
 dropped.
 
-Shapes: B responses, S tokens of prompt and response after the first, K sentences of the longest response.
+Shapes: B responses, R tokens of the longest response, K sentences of the one with most, S1 tokens of all prompts and
+responses, S = S1 - 1.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ling_flow.model.packing import in_one_row
 
 MINIMUM_SENTENCE_TOKENS = 4
 _PROTECTED = re.compile(r"```.*?(?:```|\Z)|\$\$.*?\$\$|\$[^$\n]+\$|\\\[.*?\\\]|\\\(.*?\\\)", re.DOTALL)
@@ -90,34 +94,42 @@ class LpoResponse:
 
 @dataclass(frozen=True)
 class LpoBatch:
-    """Responses padded on the right."""
+    """What the network reads, packed into one row, and what is known of its responses, padded on the right."""
 
-    tokens_BS1: Tensor  # int64: prompt, response, padding
-    response_BS: Tensor  # bool: the predicted tokens that belong to the response
-    old_logprob_BS: Tensor  # float32, 0 outside the response
-    sentence_BS: Tensor  # int64, 0 outside the response
+    tokens_1S1: Tensor  # int64: prompt, response, prompt, response, …
+    documents_1S1: Tensor  # int64: number of the response
+    mask_1S: Tensor  # bool: true where the next token is of a response
+    response_BR: Tensor  # bool: false in padding
+    old_logprob_BR: Tensor  # float32, 0 in padding
+    sentence_BR: Tensor  # int64, 0 in padding
     advantage_B: Tensor
     weight_B: Tensor
 
+    def spread(self, logprob_1S: Tensor) -> Tensor:
+        """Log-probabilities of the packed row's next tokens → those of the responses (B, R), 0 in padding."""
+        zeros_BR = logprob_1S.new_zeros(self.response_BR.shape)
+        return zeros_BR.masked_scatter(self.response_BR, logprob_1S[self.mask_1S])
+
 
 def collate(responses: Sequence[LpoResponse], device: torch.device | str = "cpu") -> LpoBatch:
-    """Pad to the longest. Padding is token 0 and counts nowhere."""
-    batch, longest = len(responses), max(len(item.prompt) + len(item.tokens) for item in responses)
-    tokens_BS1 = torch.zeros(batch, longest, dtype=torch.int64)
-    response_BS = torch.zeros(batch, longest - 1, dtype=torch.bool)
-    old_logprob_BS = torch.zeros(batch, longest - 1)
-    sentence_BS = torch.zeros(batch, longest - 1, dtype=torch.int64)
+    """Put the responses together."""
+    tokens_1S1, documents_1S1 = in_one_row([item.prompt + item.tokens for item in responses])
+    is_response = [[False] * len(item.prompt) + [True] * len(item.tokens) for item in responses]
+    shape = len(responses), max(len(item.tokens) for item in responses)
+    response_BR = torch.zeros(shape, dtype=torch.bool)
+    old_logprob_BR = torch.zeros(shape)
+    sentence_BR = torch.zeros(shape, dtype=torch.int64)
     for row, item in enumerate(responses):
-        first, length = len(item.prompt) - 1, len(item.tokens)
-        tokens_BS1[row, : first + 1 + length] = torch.tensor(item.prompt + item.tokens)
-        response_BS[row, first : first + length] = True
-        old_logprob_BS[row, first : first + length] = torch.tensor(item.logprobs)
-        sentence_BS[row, first : first + length] = torch.tensor(item.sentences)
+        response_BR[row, : len(item.tokens)] = True
+        old_logprob_BR[row, : len(item.tokens)] = torch.tensor(item.logprobs)
+        sentence_BR[row, : len(item.tokens)] = torch.tensor(item.sentences)
     return LpoBatch(
-        tokens_BS1=tokens_BS1.to(device),
-        response_BS=response_BS.to(device),
-        old_logprob_BS=old_logprob_BS.to(device),
-        sentence_BS=sentence_BS.to(device),
+        tokens_1S1=tokens_1S1.to(device),
+        documents_1S1=documents_1S1.to(device),
+        mask_1S=torch.tensor([list(itertools.chain.from_iterable(is_response))[1:]], device=device),
+        response_BR=response_BR.to(device),
+        old_logprob_BR=old_logprob_BR.to(device),
+        sentence_BR=sentence_BR.to(device),
         advantage_B=torch.tensor([item.advantage for item in responses], device=device),
         weight_B=torch.tensor([item.weight for item in responses], device=device),
     )
@@ -132,20 +144,20 @@ class LpoLoss:
     drift: float  # mean |r − 1| over response tokens
 
 
-def lpo_loss(logprob_BS: Tensor, batch: LpoBatch, clip: float) -> LpoLoss:
+def lpo_loss(logprob_BR: Tensor, batch: LpoBatch, clip: float) -> LpoLoss:
     """−J of a minibatch of whole groups.
 
     Args:
-        logprob_BS: log-probabilities of `batch.tokens_BS1[:, 1:]` under the policy that learns, float32.
+        logprob_BR: log-probabilities of the responses under the policy that learns, float32.
         batch: the responses.
         clip: ε.
     """
-    response_BS = batch.response_BS
-    sentences = int(batch.sentence_BS.max()) + 1
-    zeros_BK = logprob_BS.new_zeros(logprob_BS.shape[0], sentences)
-    change_BS = torch.where(response_BS, logprob_BS - batch.old_logprob_BS, 0.0)
-    tokens_BK = zeros_BK.scatter_add(1, batch.sentence_BS, response_BS.to(zeros_BK.dtype))
-    change_BK = zeros_BK.scatter_add(1, batch.sentence_BS, change_BS) / tokens_BK.clamp(min=1)
+    response_BR = batch.response_BR
+    sentences = int(batch.sentence_BR.max()) + 1
+    zeros_BK = logprob_BR.new_zeros(logprob_BR.shape[0], sentences)
+    change_BR = torch.where(response_BR, logprob_BR - batch.old_logprob_BR, 0.0)
+    tokens_BK = zeros_BK.scatter_add(1, batch.sentence_BR, response_BR.to(zeros_BK.dtype))
+    change_BK = zeros_BK.scatter_add(1, batch.sentence_BR, change_BR) / tokens_BK.clamp(min=1)
     ratio_BK = change_BK.exp()
     advantage_B1 = batch.advantage_B[:, None]
     free_BK, clipped_BK = ratio_BK * advantage_B1, ratio_BK.clamp(1 - clip, 1 + clip) * advantage_B1
@@ -157,10 +169,10 @@ def lpo_loss(logprob_BS: Tensor, batch: LpoBatch, clip: float) -> LpoLoss:
     return LpoLoss(loss=-(batch.weight_B * objective_B).sum(), clipped=clipped, drift=drift)
 
 
-def kl_to_reference(logprob_BS: Tensor, reference_BS: Tensor, batch: LpoBatch) -> Tensor:
+def kl_to_reference(logprob_BR: Tensor, reference_BR: Tensor, batch: LpoBatch) -> Tensor:
     """KL(π_θ ‖ π_ref) in nats per token, weighted as the objective is.
 
     The estimator r − 1 − log r with r = π_ref/π_θ, which is never negative.
     """
-    difference_BS = torch.where(batch.response_BS, reference_BS - logprob_BS, 0.0)
-    return (batch.weight_B[:, None] * (difference_BS.exp() - 1 - difference_BS)).sum()
+    difference_BR = torch.where(batch.response_BR, reference_BR - logprob_BR, 0.0)
+    return (batch.weight_B[:, None] * (difference_BR.exp() - 1 - difference_BR)).sum()

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
-from ling_flow.alignment.lpo import collate, kl_to_reference, lpo_loss
+from ling_flow.alignment.lpo import LpoBatch, collate, kl_to_reference, lpo_loss
 from ling_flow.alignment.rollouts import Group, minibatches, sample_groups
 from ling_flow.alignment.settings import LpoSettings
 from ling_flow.data.reasoning import Problem
@@ -68,13 +69,13 @@ def align(
         clipped, drift, kl = [], [], []
         for minibatch in minibatches(groups, tokenizer, settings.groups_per_minibatch):
             batch = collate(minibatch, next(model.parameters()).device)
-            logprob_BS = model.token_logprobs(batch.tokens_BS1)
-            objective = lpo_loss(logprob_BS, batch, settings.clip)
+            logprob_BR = response_logprobs(model, batch)
+            objective = lpo_loss(logprob_BR, batch, settings.clip)
             loss = objective.loss
             if reference is not None:
                 with torch.no_grad():
-                    reference_BS = reference.token_logprobs(batch.tokens_BS1)
-                divergence = kl_to_reference(logprob_BS, reference_BS, batch)
+                    reference_BR = response_logprobs(reference, batch)
+                divergence = kl_to_reference(logprob_BR, reference_BR, batch)
                 loss = loss + settings.kl_coefficient * divergence
                 kl.append(float(divergence.detach()))
             optimizer.zero_grad(set_to_none=True)
@@ -85,6 +86,11 @@ def align(
             drift.append(objective.drift)
         numbers = {"clipped_share": clipped, "ratio_drift": drift, "kl": kl}
         on_rollout(rollout, _summary(groups) | {name: fmean(values) for name, values in numbers.items() if values})
+
+
+def response_logprobs(model: BailingMoeV2ForCausalLM, batch: LpoBatch) -> Tensor:
+    """Log-probabilities (B, R) of the responses' tokens under `model`; differentiable."""
+    return batch.spread(model.token_logprobs(batch.tokens_1S1, batch.mask_1S, batch.documents_1S1))
 
 
 def _rate_factor(rollout: int, rollouts: int) -> float:

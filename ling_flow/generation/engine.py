@@ -91,25 +91,30 @@ def decode(
     seed: int,
     top_p: float = 1.0,
 ) -> Iterator[Step]:
-    """The steps behind `generate`. Prompts are padded on the left; finished rows leave the batch when half of it is
-    done."""
+    """The steps behind `generate`. Prompts are padded on the left and equal ones read once; finished rows leave the
+    batch when half of it is done."""
     if not prompts:
         return
     _check(model, prompts, max_new_tokens, temperature, top_p)
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    ids_BS = torch.tensor(
-        [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device
-    )
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    place = {prompt: index for index, prompt in enumerate(different)}
+    longest = max(map(len, different))
+    padding = [longest - len(prompt) for prompt in different]
+    ids_BS = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, different, strict=True)]).to(device)
     cache = KVCache(
         model.config, torch.tensor(padding, device=device), longest + max_new_tokens - 1, model.lm_head.weight.dtype
     )
+    hidden_BD = model.hidden_states(ids_BS, cache)[:, -1]
+    if len(different) < len(prompts):  # several samples of one prompt
+        rows_B = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
+        hidden_BD = hidden_BD[rows_B]
+        cache.keep(rows_B)
     batch = list(range(len(prompts)))  # prompt of each row of the batch
     running = set(batch)
-    for _ in range(max_new_tokens):
-        logits_BV = model.lm_head(model.hidden_states(ids_BS, cache)[:, -1]).float()
+    for count in range(1, max_new_tokens + 1):
+        logits_BV = model.lm_head(hidden_BD).float()
         tokens_B = _choose(logits_BV, temperature, top_p, generator)
         logprobs_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - logits_BV.logsumexp(1)
         tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
@@ -120,7 +125,7 @@ def decode(
             [logprobs[place] for place in places],
         )
         places = [place for place in places if tokens[place] not in stop_ids]
-        if not places:
+        if not places or count == max_new_tokens:
             return
         running = {batch[place] for place in places}
         if 2 * len(places) <= len(batch):
@@ -128,7 +133,7 @@ def decode(
             cache.keep(kept_B)
             tokens_B = tokens_B[kept_B]
             batch = [batch[place] for place in places]
-        ids_BS = tokens_B.unsqueeze(1)
+        hidden_BD = model.hidden_states(tokens_B.unsqueeze(1), cache)[:, -1]
 
 
 def _choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

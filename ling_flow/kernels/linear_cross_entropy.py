@@ -15,10 +15,9 @@ from torch import Tensor
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}  # logits at a time; on a CPU they should stay in the cache
 
 
-def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Σ_t mask_t · -log softmax(head · hidden_t)[targets_t], a float32 scalar. Differentiable in `hidden` and
-    `head`."""
-    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, mask_T)
+def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Σ_t -log softmax(head · hidden_t)[targets_t], a float32 scalar. Differentiable in `hidden` and `head`."""
+    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T)
 
 
 def linear_logprobs(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -62,34 +61,31 @@ def _backward(
 class _LinearCrossEntropy(torch.autograd.Function):
     # The loss is a scalar: its gradient is known up to a factor while the logits are still there.
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, mask_T: Tensor | None) -> Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
         loss = hidden_TD.new_zeros((), dtype=_wide(hidden_TD))
         needs_grad = any(ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD
         grad_head_VD = torch.zeros_like(head_VD, dtype=loss.dtype) if needs_grad else head_VD
         for chunk in _chunks(hidden_TD, head_VD):
             hidden_CD, targets_C1 = hidden_TD[chunk], targets_T[chunk].unsqueeze(1)
-            mask_C1 = None if mask_T is None else mask_T[chunk].unsqueeze(1)
             logits_CV = _logits(hidden_CD, head_VD)
             logprobs_C1 = logits_CV.gather(1, targets_C1)
             if needs_grad:
                 # One pass with exponentials: the largest probability is exp(largest logit - lse), which gives lse.
                 probabilities_CV = logits_CV.softmax(1)
                 logprobs_C1 -= logits_CV.amax(1, keepdim=True) - probabilities_CV.amax(1, keepdim=True).log_()
-                grad_hidden_TD[chunk] = _backward(
-                    probabilities_CV, targets_C1, mask_C1, hidden_CD, head_VD, grad_head_VD
-                )
+                grad_hidden_TD[chunk] = _backward(probabilities_CV, targets_C1, None, hidden_CD, head_VD, grad_head_VD)
             else:
                 logprobs_C1 -= logits_CV.logsumexp(1, keepdim=True)
-            loss -= logprobs_C1.sum() if mask_C1 is None else (logprobs_C1 * mask_C1).sum()
+            loss -= logprobs_C1.sum()
         if needs_grad:
             ctx.save_for_backward(grad_hidden_TD, grad_head_VD.to(head_VD.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden_TD, grad_head_VD = ctx.saved_tensors
-        return grad_hidden_TD * grad.to(grad_hidden_TD.dtype), grad_head_VD * grad.to(grad_head_VD.dtype), None, None
+        return grad_hidden_TD * grad.to(grad_hidden_TD.dtype), grad_head_VD * grad.to(grad_head_VD.dtype), None
 
 
 class _LinearLogprobs(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Group-limited choice of experts (Ling 2.0 §2.2): the best groups by the sum of their two best scores, then the best
-experts in them.
+experts in them. And the optional losses on the scores.
 
-Shapes: T tokens, E experts, K chosen, G groups.
+Shapes: B sequences, S tokens of one, T tokens, E experts, K chosen, G groups.
 """
 
 from __future__ import annotations
@@ -27,3 +27,24 @@ def expert_weights(scores_TE: Tensor, indices_TK: Tensor, scaling: float) -> Ten
     """Weights (T, K) of the chosen experts: unbiased scores, normalised to sum 1, times `scaling`."""
     chosen_TK = scores_TE.gather(-1, indices_TK)
     return chosen_TK * (scaling / (chosen_TK.sum(-1, keepdim=True) + 1e-20))
+
+
+def balance_loss(scores_BSE: Tensor, indices_BSK: Tensor, counted_BS: Tensor) -> Tensor:
+    """Mean over sequences of Σ_e f_e·P_e (DeepSeek-V3 eq. 17-20); 1 where the load is even.
+
+    f_e: E/K · share of the sequence's tokens that chose e; P_e: mean of the scores, normalised to sum 1 per token.
+    Tokens where `counted_BS` is false do not count; nor does a sequence of such tokens alone.
+    """
+    experts, top_k = scores_BSE.shape[-1], indices_BSK.shape[-1]
+    counted_BS1 = counted_BS.unsqueeze(-1).to(scores_BSE.dtype)
+    tokens_B1 = counted_BS1.sum(1)
+    chosen_BSE = torch.zeros_like(scores_BSE).scatter_(-1, indices_BSK, 1.0)  # a token's K experts are distinct
+    frequency_BE = (chosen_BSE * counted_BS1).sum(1) * (experts / top_k) / tokens_B1.clamp(min=1)
+    share_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True) * counted_BS1).sum(1) / tokens_B1.clamp(min=1)
+    return (frequency_BE * share_BE).sum() / (tokens_B1 > 0).sum().clamp(min=1)
+
+
+def z_loss(logits_BSE: Tensor, counted_BS: Tensor) -> Tensor:
+    """Mean over tokens of logsumexp(logits)² (ST-MoE §2.2): keeps the router's logits small."""
+    squared_BS = logits_BSE.logsumexp(-1).square()
+    return (squared_BS * counted_BS).sum() / counted_BS.sum().clamp(min=1)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ling_flow.kernels.attention import cached_attention, causal_attention
+from ling_flow.kernels.attention import cached_attention, causal_attention, packed_attention
 from ling_flow.kernels.rotary import rotate_
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.layers import Linear, RMSNorm
+from ling_flow.model.packing import Packing
 
 
 class KVCache:
@@ -34,7 +35,7 @@ class KVCache:
         return self.keys.shape[3]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch."""
+        """The batch becomes these rows of it, in this order; a row may come several times."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.padding_B = self.padding_B[rows]
 
@@ -61,12 +62,23 @@ class Attention(nn.Module):
         self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.dense = Linear(self.heads * self.head_dim, config.hidden_size)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache: CacheView | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: CacheView | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
         qkv_BSXC = self.query_key_value(x_BSD).unflatten(-1, (-1, self.head_dim))
         query_BSHC, key_BSKC, value_BSKC = qkv_BSXC.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        query_BHSC = rotate_(self.query_layernorm(query_BSHC), *rotary).transpose(1, 2)
-        key_BKSC = rotate_(self.key_layernorm(key_BSKC), *rotary).transpose(1, 2)
-        value_BKSC = value_BSKC.transpose(1, 2)
+        query_BSHC = rotate_(self.query_layernorm(query_BSHC), *rotary)
+        key_BSKC = rotate_(self.key_layernorm(key_BSKC), *rotary)
+        if packing is not None:
+            out_THC = packed_attention(
+                query_BSHC.flatten(0, 1), key_BSKC.flatten(0, 1), value_BSKC.flatten(0, 1), packing.lengths
+            )
+            return self.dense(out_THC.flatten(1).unflatten(0, x_BSD.shape[:2]))
+        query_BHSC, key_BKSC, value_BKSC = (part.transpose(1, 2) for part in (query_BSHC, key_BSKC, value_BSKC))
         if cache is None:
             out_BHSC = causal_attention(query_BHSC, key_BKSC, value_BKSC)
         else:

@@ -22,7 +22,6 @@ FIXED_KEYS: dict[str, Any] = {
     "hidden_act": "silu",
     "moe_router_enable_expert_bias": True,
     "norm_topk_prob": True,
-    "rope_scaling": None,
     "router_dtype": "fp32",
     "score_function": "sigmoid",
     "tie_word_embeddings": False,
@@ -60,6 +59,29 @@ class ParameterCounts:
     mtp: int
 
 
+class Yarn(StrictModel):
+    """Context extension by YaRN (arXiv 2309.00071), as `rope_scaling` in the published config: 32K to 128K with factor
+    4."""
+
+    type: Literal["yarn"] = Field("yarn", description="the method")
+    factor: float = Field(gt=1, description="how many times longer the context becomes")
+    original_max_position_embeddings: int = Field(ge=1, description="longest sequence before the extension, tokens")
+
+
+class RouterLoss(StrictModel):
+    """Optional losses on the routers' scores, of training only. Ling 2.0 balances by `expert_bias` and needs none."""
+
+    balance: float = Field(0, ge=0, description="coefficient of the balance loss (DeepSeek-V3 §2.1.2); 0: none")
+    balance_over: Literal["sequence", "batch"] = Field(
+        "sequence", description="what is to be balanced: every sequence by itself, or all tokens of a forward pass"
+    )
+    z: float = Field(0, ge=0, description="coefficient of the z-loss; Ling's released scripts have 3.5e-6; 0: none")
+
+    @property
+    def wanted(self) -> bool:
+        return self.balance > 0 or self.z > 0
+
+
 class ModelConfig(StrictModel):
     """Architecture of a Ling 2.0 model. Everything the family shares (SwiGLU, RMSNorm, sigmoid router, no biases) is
     not a field."""
@@ -84,8 +106,11 @@ class ModelConfig(StrictModel):
     rms_norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm")
     partial_rotary_factor: float = Field(0.5, gt=0, le=1, description="share of head_dim that is rotated")
     rope_theta: float = Field(1e4, gt=0, description="base of the rotary wavelengths; raised when the context grows")
+    rope_scaling: Yarn | None = Field(None, description="YaRN, where the context was extended by it; null: none")
     max_position_embeddings: int = Field(4096, ge=1, description="longest sequence, tokens")
-    num_nextn_predict_layers: int = Field(1, ge=0, le=1, description="multi-token-prediction layers (0 or 1)")
+    num_nextn_predict_layers: int = Field(
+        1, ge=0, description="multi-token-prediction layers; the k-th predicts the token k+1 places ahead"
+    )
     mtp_loss_scaling_factor: float = Field(0.1, ge=0, description="weight of the MTP cross-entropy in the loss")
     initializer_range: float = Field(0.006, gt=0, description="standard deviation of the initial weights")
     eos_token_id: int = Field(0, ge=0, description="token that ends a document")
@@ -135,6 +160,13 @@ class ModelConfig(StrictModel):
             self.rotary_dim >= 2 and self.rotary_dim % 2 == 0,
             f"partial_rotary_factor x head_dim must be an even number of at least 2, got {self.rotary_dim}",
         )
+        if self.rope_scaling is not None:
+            longest = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
+            require(
+                self.max_position_embeddings <= longest,
+                f"max_position_embeddings must be at most rope_scaling.factor x original_max_position_embeddings "
+                f"({longest}), got {self.max_position_embeddings}",
+            )
         for name in ("eos_token_id", "pad_token_id"):
             require(
                 getattr(self, name) < self.vocab_size,
@@ -206,5 +238,9 @@ class ModelConfig(StrictModel):
                 f"{where}.moe_shared_expert_intermediate_size: must equal moe_intermediate_size, got {shared!r}"
             )
         known = {name: data[name] for name in cls.model_fields if name in data}
+        if isinstance(known.get("rope_scaling"), Mapping):
+            scaling = dict(known["rope_scaling"])
+            kind = scaling.pop("rope_type", scaling.get("type"))  # transformers writes the newer name, or both
+            known["rope_scaling"] = {**scaling, "type": kind}
         known.setdefault("num_nextn_predict_layers", 0)
         return parse(cls, {name: value for name, value in known.items() if value is not None}, where)

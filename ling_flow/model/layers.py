@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, T = B·S tokens, D hidden, E experts, K chosen, F f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from ling_flow.kernels.experts import routed_experts
 from ling_flow.kernels.rms_norm import rms_norm
-from ling_flow.kernels.router import choose_experts, expert_weights
+from ling_flow.kernels.router import balance_loss, choose_experts, expert_weights, z_loss
 from ling_flow.kernels.swiglu import swiglu
-from ling_flow.model.config import ModelConfig
+from ling_flow.model.config import ModelConfig, RouterLoss
+from ling_flow.model.packing import Packing
 
 
 class Linear(nn.Linear):
@@ -52,6 +53,23 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
+class Forward(NamedTuple):
+    """What every layer is told about the forward pass it is part of."""
+
+    rotary: tuple[Tensor, Tensor]  # (cos, sin), with room for the heads
+    packing: Packing | None = None  # documents that must not see each other; None: each row is one
+    counted_BS: Tensor | None = None  # tokens that count for balancing the experts; None: all
+    router_loss: RouterLoss | None = None
+
+
+class RouterReport(NamedTuple):
+    """What a router did in one forward pass. An output of the layer and not a side effect: recomputing a layer changes
+    nothing."""
+
+    counts_E: Tensor  # int64: counted tokens that chose each expert
+    loss: Tensor  # the router's losses times their coefficients, float32 scalar
+
+
 class Gate(nn.Module):
     """The router. All of it in float32, whatever the model's type."""
 
@@ -65,14 +83,32 @@ class Gate(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("expert_counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(indices, weights) of the chosen experts, both (T, K)."""
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(indices (B, S, K), weights (B, S, K), logits (B, S, E)) of the chosen experts."""
         config = self.config
-        scores_TE = functional.linear(x_TD.float(), self.weight.float()).sigmoid()
-        indices_TK = choose_experts(
-            scores_TE, self.expert_bias, config.num_experts_per_tok, config.n_group, config.topk_group
+        logits_BSE = functional.linear(x_BSD.float(), self.weight.float())
+        scores_BSE = logits_BSE.sigmoid()
+        indices_BSK = choose_experts(
+            scores_BSE, self.expert_bias, config.num_experts_per_tok, config.n_group, config.topk_group
         )
-        return indices_TK, expert_weights(scores_TE, indices_TK, config.routed_scaling_factor)
+        return indices_BSK, expert_weights(scores_BSE, indices_BSK, config.routed_scaling_factor), logits_BSE
+
+    def report(self, indices_BSK: Tensor, logits_BSE: Tensor, counts_E: Tensor, shared: Forward) -> RouterReport:
+        """The counts of the tokens that count (`counts_E` are those of all) and the losses that are wanted."""
+        counted_BS, wanted = shared.counted_BS, shared.router_loss
+        if counted_BS is not None:
+            counts_E = torch.bincount(indices_BSK[counted_BS].flatten(), minlength=len(counts_E))
+        loss = logits_BSE.new_zeros(())
+        if wanted is not None and wanted.wanted:
+            if counted_BS is None:
+                counted_BS = torch.ones_like(indices_BSK[..., 0], dtype=torch.bool)
+            if wanted.balance_over == "batch":
+                logits_BSE, indices_BSK, counted_BS = (
+                    part.flatten(0, 1).unsqueeze(0) for part in (logits_BSE, indices_BSK, counted_BS)
+                )
+            loss = wanted.balance * balance_loss(logits_BSE.sigmoid(), indices_BSK, counted_BS)
+            loss = loss + wanted.z * z_loss(logits_BSE, counted_BS)
+        return RouterReport(counts_E, loss)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         bias = self.expert_bias
@@ -103,19 +139,12 @@ class SparseMoE(nn.Module):
         if config.num_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.shared_intermediate_size)
 
-    def forward(self, x_BSD: Tensor, counted_BS: Tensor | None) -> Tensor:
-        """Routed plus shared experts. In training, adds to the router's counts, of the tokens in `counted_BS` (None:
-        all)."""
-        x_TD = x_BSD.flatten(0, -2)
-        indices_TK, weights_TK = self.gate(x_TD)
-        experts = self.gate.expert_bias.numel()
-        counts_E = torch.bincount(indices_TK.flatten(), minlength=experts)
-        if self.training and torch.is_grad_enabled():
-            if counted_BS is None:
-                self.gate.expert_counts += counts_E
-            else:
-                self.gate.expert_counts += torch.bincount(indices_TK[counted_BS.flatten()].flatten(), minlength=experts)
-        y_TD = self.experts(x_TD, indices_TK, weights_TK, counts_E)
+    def forward(self, x_BSD: Tensor, shared: Forward) -> tuple[Tensor, RouterReport]:
+        """Routed plus shared experts, and what the router did."""
+        indices_BSK, weights_BSK, logits_BSE = self.gate(x_BSD)
+        indices_TK, x_TD = indices_BSK.flatten(0, 1), x_BSD.flatten(0, 1)
+        counts_E = torch.bincount(indices_TK.flatten(), minlength=logits_BSE.shape[-1])
+        y_TD = self.experts(x_TD, indices_TK, weights_BSK.flatten(0, 1), counts_E)
         if hasattr(self, "shared_experts"):
             y_TD = y_TD + self.shared_experts(x_TD)
-        return y_TD.view_as(x_BSD)
+        return y_TD.view_as(x_BSD), self.gate.report(indices_BSK, logits_BSE, counts_E, shared)

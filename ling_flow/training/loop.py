@@ -97,13 +97,12 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss, cross_entropy, mtp_cross_entropy = _accumulate(model, tokens_BS1, sequences_per_forward)
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip)
-        load_violation = model.max_violation()
         skipped = not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm))
         if skipped:
-            model.update_expert_bias(0.0)  # forget this batch's counts
+            load_violation = model.update_expert_bias(0.0)  # forget this batch's counts
         else:
             optimizer.step()
-            model.update_expert_bias(expert_bias_update_rate)
+            load_violation = model.update_expert_bias(expert_bias_update_rate)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if on_step is not None:
             report = StepReport(
@@ -137,6 +136,6 @@ def _accumulate(
         share = part.shape[0] / tokens_BS1.shape[0]  # rows have equal lengths, so their means weigh by rows
         output = model.loss(part)
         (output.loss * share).backward()
-        for total, value in zip(totals, output, strict=True):
+        for total, value in zip(totals, output[:3], strict=True):
             total += value.detach() * share
     return totals[0], totals[1], totals[2]

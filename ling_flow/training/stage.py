@@ -28,7 +28,7 @@ from ling_flow.training.loop import BatchSource, StepReport, train
 from ling_flow.training.optimizer import build_optimizer, warmup_then_constant
 from ling_flow.training.settings import CheckpointEntry, StageSettings, TrainingState
 
-CONTEXT_FIELDS = ("max_position_embeddings", "rope_theta")
+CONTEXT_FIELDS = ("max_position_embeddings", "rope_theta", "rope_scaling")
 """What a stage may change in a model: its context."""
 
 
@@ -161,8 +161,7 @@ def _set_context(model: BailingMoeV2ForCausalLM, config: ModelConfig, source: Pa
         wanted, found = getattr(config, name), getattr(model.config, name)
         if name not in CONTEXT_FIELDS and wanted != found:
             raise UserError(f"model.{name}: {wanted!r} asked for, but {source} was trained with {found!r}")
-    model.set_max_position_embeddings(config.max_position_embeddings)
-    model.set_rope_theta(config.rope_theta)
+    model.set_context(config.max_position_embeddings, config.rope_theta, config.rope_scaling)
 
 
 def _discard(directory: Path, newer_than: Path | None) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ling_flow.alignment.dft import DftBatches, dft_examples, fine_tune, warmup_then_cosine
+from ling_flow.alignment.dft import DftBatch, DftBatches, dft_examples, fine_tune, warmup_then_cosine
 from ling_flow.data.reasoning import Problem
 from ling_flow.errors import UserError
 from ling_flow.evaluation.tasks import ask, both_modes, switch_obeyed
@@ -24,11 +24,18 @@ def test_both_targets_are_the_published_format() -> None:
     assert tokenizer().decode(off.target) == ANSWER
 
 
+def targets_of(batch: DftBatch) -> list[str]:
+    """What each example of a packed batch is to be answered with."""
+    next_tokens, numbers = batch.tokens_1S1[:, 1:], batch.documents_1S1[:, 1:]
+    return [
+        tokenizer().decode(next_tokens[batch.mask_1S & (numbers == number)].tolist())
+        for number in range(int(numbers.max()) + 1)
+    ]
+
+
 def test_the_mask_marks_the_assistant_alone() -> None:
     batches = DftBatches(dft_examples(PROBLEM, tokenizer()), examples_per_batch=2, seed=0, max_tokens=160)
-    tokens_BS1, mask_BS = batches.batch(0)
-    targets = [tokenizer().decode(row[1:][mask].tolist()) for row, mask in zip(tokens_BS1, mask_BS, strict=True)]
-    assert sorted(targets, key=len) == [ANSWER, THOUGHT + ANSWER]
+    assert sorted(targets_of(batches.batch(0)), key=len) == [ANSWER, THOUGHT + ANSWER]
 
 
 def test_batches_are_a_pure_function_and_an_epoch_holds_everything_once() -> None:
@@ -38,8 +45,8 @@ def test_batches_are_a_pure_function_and_an_epoch_holds_everything_once() -> Non
         assert all(torch.equal(a, b) for a, b in zip(one.batch(step), other.batch(step), strict=True))
     seen = []
     for step in range(len(examples) // 6):
-        for row, mask in zip(*one.batch(step), strict=True):
-            seen.append(tuple(row[: int(mask.nonzero().max()) + 2].tolist()))
+        batch = one.batch(step)
+        seen += [tuple(batch.tokens_1S1[batch.documents_1S1 == number].tolist()) for number in range(6)]
     assert sorted(seen) == sorted((*example.prompt, *example.target) for example in examples)
     assert not torch.equal(one.batch(0)[0], DftBatches(examples, 6, 8, 160).batch(0)[0])
 

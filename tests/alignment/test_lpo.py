@@ -70,9 +70,12 @@ def responses() -> list[LpoResponse]:
 
 def test_padding_and_alignment() -> None:
     batch = collate(responses())
-    assert batch.tokens_BS1.tolist() == [[5, 6, 1, 2, 3, 4, 5], [7, 1, 2, 3, 0, 0, 0]]
-    assert batch.response_BS.int().tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]
-    assert batch.old_logprob_BS[1].tolist() == [-1.0, -3.0, -2.0, 0.0, 0.0, 0.0]
+    assert batch.tokens_1S1.tolist() == [[5, 6, 1, 2, 3, 4, 5, 7, 1, 2, 3]]
+    assert batch.documents_1S1.tolist() == [[0] * 7 + [1] * 4]
+    assert batch.mask_1S.int().tolist() == [[0, 1, 1, 1, 1, 1, 0, 1, 1, 1]]
+    assert batch.response_BR.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch.old_logprob_BR[1].tolist() == [-1.0, -3.0, -2.0, 0.0, 0.0]
+    assert batch.spread(torch.arange(10.0).unsqueeze(0)).tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0]]
 
 
 def objective_by_hand(changes: list[list[float]], clip: float) -> float:
@@ -89,12 +92,11 @@ def objective_by_hand(changes: list[list[float]], clip: float) -> float:
 def test_loss_is_the_published_objective() -> None:
     batch = collate(responses())
     changes = [[0.5, -0.4, 0.02, 0.01, -0.2], [0.3, -0.5, 0.05]]
-    logprob_BS = batch.old_logprob_BS.clone()
-    for row, (response, change) in enumerate(zip(responses(), changes, strict=True)):
-        first = len(response.prompt) - 1
-        logprob_BS[row, first : first + len(change)] += torch.tensor(change)
-    logprob_BS[~batch.response_BS] = -123.0  # prompt and padding must not count
-    found = lpo_loss(logprob_BS, batch, clip=0.03)
+    logprob_BR = batch.old_logprob_BR.clone()
+    for row, change in enumerate(changes):
+        logprob_BR[row, : len(change)] += torch.tensor(change)
+    logprob_BR[~batch.response_BR] = -123.0  # padding must not count
+    found = lpo_loss(logprob_BR, batch, clip=0.03)
     assert float(found.loss) == pytest.approx(-objective_by_hand(changes, 0.03), rel=1e-5)
     # Clipped: the first sentence (ratio above 1.03, advantage +) and the third (ratio below 0.97, advantage −).
     assert found.clipped == pytest.approx(6 / 8)
@@ -102,18 +104,18 @@ def test_loss_is_the_published_objective() -> None:
 
 def test_no_gradient_through_clipped_sentences() -> None:
     batch = collate(responses()[:1])
-    raised = torch.zeros_like(batch.old_logprob_BS)
-    raised[0, 1:4] = 0.1  # first sentence, ratio 1.105 > 1.03
-    logprob_BS = (batch.old_logprob_BS + raised).requires_grad_()
-    lpo_loss(logprob_BS, batch, clip=0.03).loss.backward()
-    gradient_S = logprob_BS.grad[0]
-    assert gradient_S[:4].abs().max() == 0
+    raised = torch.zeros_like(batch.old_logprob_BR)
+    raised[0, :3] = 0.1  # first sentence, ratio 1.105 > 1.03
+    logprob_BR = (batch.old_logprob_BR + raised).requires_grad_()
+    lpo_loss(logprob_BR, batch, clip=0.03).loss.backward()
+    gradient_R = logprob_BR.grad[0]
+    assert gradient_R[:3].abs().max() == 0
     # The other sentence: r = 1, each token carries weight · Â.
-    assert gradient_S[4:].tolist() == pytest.approx([-1 / 8, -1 / 8])
+    assert gradient_R[3:].tolist() == pytest.approx([-1 / 8, -1 / 8])
 
 
 def test_kl_estimator() -> None:
     batch = collate(responses())
-    assert float(kl_to_reference(batch.old_logprob_BS, batch.old_logprob_BS, batch)) == 0
-    moved = kl_to_reference(batch.old_logprob_BS, batch.old_logprob_BS - 0.2, batch)
+    assert float(kl_to_reference(batch.old_logprob_BR, batch.old_logprob_BR, batch)) == 0
+    moved = kl_to_reference(batch.old_logprob_BR, batch.old_logprob_BR - 0.2, batch)
     assert float(moved) == pytest.approx(math.exp(-0.2) - 1 + 0.2, rel=1e-5)

@@ -3,7 +3,7 @@ import torch
 
 from ling_flow.alignment.compare import compare
 from ling_flow.alignment.lpo import collate, lpo_loss
-from ling_flow.alignment.policy import align
+from ling_flow.alignment.policy import align, response_logprobs
 from ling_flow.alignment.rewards import Reward, RewardSettings
 from ling_flow.alignment.rollouts import Group, minibatches, sample_groups
 from ling_flow.alignment.settings import LpoSettings
@@ -50,10 +50,9 @@ def test_the_engines_logprobs_are_those_of_the_network_that_learns() -> None:
     network = model()
     parts = minibatches([_with_rewards(group.answers) for group in groups(network)], tokenizer(), 4)
     batch = collate(parts[0])
-    logprob_BS = network.token_logprobs(batch.tokens_BS1)
-    where = batch.response_BS
-    assert torch.allclose(logprob_BS[where], batch.old_logprob_BS[where], atol=1e-4)
-    assert lpo_loss(logprob_BS, batch, clip=0.03).drift < 1e-4
+    logprob_BR = response_logprobs(network, batch)
+    assert torch.allclose(logprob_BR, batch.old_logprob_BR, atol=1e-4)
+    assert lpo_loss(logprob_BR, batch, clip=0.03).drift < 1e-4
 
 
 def _with_rewards(answers: list[Answer]) -> Group:

@@ -5,6 +5,7 @@ import torch
 
 from ling_flow.errors import UserError
 from ling_flow.generation.engine import Completion, generate, stream
+from ling_flow.model.attention import KVCache
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 
@@ -145,3 +146,24 @@ def test_wrong_requests_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         run(model, prompts, **changes)
+
+
+def test_equal_prompts_are_read_once_and_answered_each(
+    model: BailingMoeV2ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    whole = model.hidden_states
+
+    def watched(ids_BS: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        rows.append(len(ids_BS))
+        return whole(ids_BS, cache)
+
+    monkeypatch.setattr(model, "hidden_states", watched)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    completions = run(model, prompts, max_new_tokens=5)
+    assert rows == [2, 4, 4, 4, 4]
+    monkeypatch.undo()
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert completion.tokens == greedy_by_full_passes(model, prompt, 5)
+    sampled = run(model, prompts, temperature=1.0)
+    assert sampled[0].tokens != sampled[2].tokens

@@ -1,9 +1,10 @@
+import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.nn import functional
 
 from ling_flow.kernels.rms_norm import rms_norm
-from ling_flow.kernels.rotary import rotary_tables, rotate_
+from ling_flow.kernels.rotary import rotary_frequencies, rotary_tables, rotate_, yarn_frequencies, yarn_scale
 from ling_flow.kernels.swiglu import swiglu
 
 
@@ -26,7 +27,7 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32() -> None:
 
 def test_rotation_is_complex_multiplication_on_the_first_elements() -> None:
     positions, theta = torch.tensor([0, 1, 7]), 100.0
-    cos, sin = rotary_tables(positions, 4, theta)
+    cos, sin = rotary_tables(positions, rotary_frequencies(4, theta))
     x = random(2, 3, 5, 6)
     pairs = torch.complex(x[..., 0:2], x[..., 2:4])
     for s, position in enumerate(positions.tolist()):
@@ -37,7 +38,7 @@ def test_rotation_is_complex_multiplication_on_the_first_elements() -> None:
 
 
 def test_rotation_gradient() -> None:
-    cos, sin = rotary_tables(torch.arange(3), 4, 100.0)
+    cos, sin = rotary_tables(torch.arange(3), rotary_frequencies(4, 100.0))
     cos, sin = cos.unsqueeze(-2).double(), sin.unsqueeze(-2).double()
     norm = (cos.square() + sin.square()).sqrt()  # float32 tables: exactly a rotation only once normalised
     x = random(2, 3, 2, 6).requires_grad_()
@@ -48,3 +49,23 @@ def test_swiglu_is_its_formula_with_the_right_gradient() -> None:
     x = random(4, 10).requires_grad_()
     torch.testing.assert_close(swiglu(x), functional.silu(x[:, :5]) * x[:, 5:])
     assert gradcheck(swiglu, (x,))
+
+
+@pytest.mark.parametrize(("theta", "factor", "length"), [(6e5, 4.0, 32768), (1e4, 8.0, 4096), (50.0, 2.0, 64)])
+def test_yarn_is_that_of_transformers(theta: float, factor: float, length: int) -> None:
+    from transformers import PretrainedConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = PretrainedConfig(
+        hidden_size=256, num_attention_heads=2, head_dim=128, max_position_embeddings=int(factor * length)
+    )
+    config.rope_parameters = {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": factor,
+        "original_max_position_embeddings": length,
+        "partial_rotary_factor": 0.5,
+    }
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    torch.testing.assert_close(yarn_frequencies(64, theta, factor, length), frequencies)
+    assert yarn_scale(factor) == pytest.approx(scale)

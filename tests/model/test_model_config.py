@@ -6,7 +6,7 @@ import pytest
 
 from ling_flow.config import parse
 from ling_flow.errors import UserError
-from ling_flow.model.config import ModelConfig
+from ling_flow.model.config import ModelConfig, Yarn
 from ling_flow.model.flops import training_flops_per_token
 from ling_flow.model.presets import MODEL_PRESETS, model_preset
 
@@ -76,6 +76,21 @@ def test_published_config_round_trip(name: str) -> None:
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_yarn_is_read_under_both_names_of_its_kind(key: str) -> None:
+    """128K as in the published instructions; transformers writes `rope_type`."""
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32768, key: "yarn"}
+    published = {**model_preset("mini").to_hf(), "max_position_embeddings": 131072, "rope_scaling": scaling}
+    config = ModelConfig.from_hf(published)
+    assert config.rope_scaling == Yarn(factor=4.0, original_max_position_embeddings=32768)
+    assert config.to_hf()["rope_scaling"] == {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+    }
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
 def test_published_config_has_the_keys_that_engines_fail_on_in_silence() -> None:
     published = model_preset("mini").to_hf()
     expected = {
@@ -108,7 +123,8 @@ def test_published_config_has_the_keys_that_engines_fail_on_in_silence() -> None
     ("change", "said"),
     [
         ({"model_type": "llama"}, "model_type must be 'bailing_moe'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: only None is supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling.type"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.original_max_position_embeddings"),
         ({"score_function": "softmax"}, "score_function: only 'sigmoid' is supported"),
         ({"moe_shared_expert_intermediate_size": 7}, "must equal moe_intermediate_size"),
     ],
