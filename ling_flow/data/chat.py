@@ -1,14 +1,15 @@
 """The published Ling 2.0 chat format (ling2-facts §9): rendering, encoding, and reading a completion.
 
 The format exists twice, as Jinja text for other engines and as `render` here; tests hold them to the same golden
-strings. What the template itself writes as a special token is `Control`; message text never turns into one, whatever
-it says.
+strings. What the template itself writes as a mark (`<role>`, `<think>`, `<tool_call>`, …) is `Control`; message text
+never turns into one, whatever it says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,19 @@ Message = Mapping[str, Any]
 
 
 class Control(str):
-    """Text that encodes to one special token."""
+    """A mark of the format: one token where the vocabulary has it as one, otherwise text like any other."""
 
 
 START_OF_TEXT, END_OF_TEXT, ROLE_END = Control("<|startoftext|>"), Control("<|endoftext|>"), Control("<|role_end|>")
 ROLE, ROLE_CLOSE = Control("<role>"), Control("</role>")
 SPECIAL_TOKENS = (START_OF_TEXT, END_OF_TEXT, Control("[CLS]"), Control("[gMASK]"), ROLE_END, ROLE, ROLE_CLOSE)
+CHAT_TOKENS = (START_OF_TEXT, END_OF_TEXT, ROLE_END, ROLE, ROLE_CLOSE)
+"""Those of the special tokens that a vocabulary must have for the chat format."""
 THINK, THINK_CLOSE = Control("<think>"), Control("</think>")
 THINK_TOKENS = (THINK, THINK_CLOSE)
-"""Single tokens of ours, not special: they stay visible when special tokens are skipped in decoding."""
+"""Single tokens of ours, not special: they stay visible when special tokens are skipped in decoding. A published
+vocabulary may lack them; then they are written as text."""
+_MARKS = re.compile("(</?(?:think|tools|tool_call|tool_response)>)")
 
 TOOLS_HEADER = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -107,7 +112,7 @@ def render(
     """The conversation as text, exactly as `CHAT_TEMPLATE` renders it.
 
     Raises:
-        UserError: no messages, an unknown role, or content that is not text.
+        UserError: no messages, an unknown role, content that is not text, or a tool call without name or arguments.
     """
     return "".join(pieces(messages, add_generation_prompt, thinking, tools))
 
@@ -118,7 +123,7 @@ def pieces(
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """`render` in pieces, special tokens marked as `Control`."""
+    """`render` in pieces, what the template writes as a mark being `Control`."""
     if not messages:
         raise UserError("messages: must hold at least one message")
     texts = [_text(message, where) for where, message in enumerate(messages)]
@@ -132,7 +137,7 @@ def pieces(
     if roles[0] == "system":
         out.append(texts[0] + "\n")
     if tools:
-        out.append(TOOLS_HEADER + "".join("\n" + _json(tool) for tool in tools) + TOOLS_FOOTER)
+        out += [*_marked(TOOLS_HEADER), *("\n" + _json(tool) for tool in tools), *_marked(TOOLS_FOOTER)]
     out += [f"detailed thinking {'on' if thinking else 'off'}", ROLE_END]
     for where, (role, text, message) in enumerate(zip(roles, texts, messages, strict=True)):
         if role == "system" and where > 0:
@@ -140,11 +145,11 @@ def pieces(
         elif role == "user":
             out += [*_role("HUMAN"), text, ROLE_END]
         elif role == "assistant":
-            out += [*_role("ASSISTANT"), *_assistant(message, text, keep_reasoning=where > newest_user), ROLE_END]
+            out += [*_role("ASSISTANT"), *_assistant(message, text, where, where > newest_user), ROLE_END]
         elif role == "tool":
             if where == 0 or roles[where - 1] != "tool":
                 out += _role("OBSERVATION")
-            out.append(f"\n<tool_response>\n{text}\n</tool_response>")
+            out += [*_marked("\n<tool_response>\n"), text, *_marked("\n</tool_response>")]
             if where == len(roles) - 1 or roles[where + 1] != "tool":
                 out.append(ROLE_END)
     if add_generation_prompt:
@@ -172,7 +177,12 @@ def _role(name: str) -> list[str]:
     return [ROLE, name, ROLE_CLOSE]
 
 
-def _assistant(message: Message, text: str, keep_reasoning: bool) -> list[str]:
+def _marked(text: str) -> list[str]:
+    """Text of the template itself, its marks as `Control`."""
+    return [Control(part) if _MARKS.fullmatch(part) else part for part in _MARKS.split(text)]
+
+
+def _assistant(message: Message, text: str, where: int, keep_reasoning: bool) -> list[str]:
     thought = message.get("reasoning_content")
     if not isinstance(thought, str):
         before, found, after = text.rpartition(THINK_CLOSE)
@@ -181,15 +191,20 @@ def _assistant(message: Message, text: str, keep_reasoning: bool) -> list[str]:
     out = answer_pieces(thought.strip("\n"), text.lstrip("\n")) if keep_reasoning and thought else [text]
     for number, entry in enumerate(message.get("tool_calls") or []):
         call = entry.get("function") or entry
+        if not isinstance(call.get("name"), str) or "arguments" not in call:
+            raise UserError(f"messages.{where}.tool_calls.{number}: must have a name and arguments")
         arguments = call["arguments"] if isinstance(call["arguments"], str) else _json(call["arguments"])
         lead = "\n" if text or number > 0 else ""
-        out.append(f'{lead}<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>')
+        body = f'{{"name": "{call["name"]}", "arguments": {arguments}}}'
+        out += [*_marked(f"{lead}<tool_call>\n"), body, *_marked("\n</tool_call>")]
     return out
 
 
 def answer_pieces(reasoning: str | None, answer: str) -> list[str]:
     """The body of an assistant turn, reasoning first where there is some."""
-    return [answer] if reasoning is None else ["\n", THINK, f"\n{reasoning}\n", THINK_CLOSE, f"\n\n{answer}"]
+    if reasoning is None:
+        return [answer]
+    return [*_marked("\n<think>\n"), reasoning, *_marked("\n</think>\n\n"), answer]
 
 
 def _json(value: Any) -> str:
@@ -210,11 +225,11 @@ def parse_completion(text: str) -> tuple[str | None, str]:
 
 
 def encode_pieces(tokenizer: Tokenizer, parts: Sequence[str]) -> list[int]:
-    """Token ids of `pieces`. Ordinary text between two special tokens is encoded as a whole, as other engines do."""
+    """Token ids of `pieces`. Ordinary text between two marks is encoded as a whole, as other engines do."""
     ids: list[int] = []
     text = ""
     for part in parts:
-        if isinstance(part, Control):
+        if isinstance(part, Control) and tokenizer.is_mark(part):
             ids += tokenizer.encode(text)
             ids.append(tokenizer.token_id(part))
             text = ""

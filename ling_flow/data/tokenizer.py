@@ -1,7 +1,8 @@
 """Byte-level BPE in the Hugging Face file format, with the published special tokens (ling2-facts §1.7).
 
-Every digit is a token of its own. Special tokens have the highest ids, as in the published vocabulary. Nothing is
-added at the beginning or the end of an encoded text.
+`train_tokenizer` learns one in which every digit is a token of its own and the special tokens have the highest ids;
+`Tokenizer.load` reads that, or the published one with its own ids. Nothing is added at the beginning or the end of an
+encoded text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ling_flow.data.chat import CHAT_TEMPLATE, END_OF_TEXT, ROLE_END, SPECIAL_TOKENS, START_OF_TEXT, THINK_TOKENS
+from ling_flow.data.chat import (
+    CHAT_TEMPLATE,
+    CHAT_TOKENS,
+    END_OF_TEXT,
+    ROLE_END,
+    SPECIAL_TOKENS,
+    START_OF_TEXT,
+    THINK_TOKENS,
+)
 from ling_flow.errors import UserError
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS) + len(THINK_TOKENS)
@@ -24,18 +33,28 @@ PIECES = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+(?: (?=\p{N}))?|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
-    """A tokenizer that reads user text as text: only `encode_rendered` and `token_id` give special tokens."""
+    """A tokenizer that reads user text as text: only `encode_rendered` and `token_id` give special tokens.
+
+    `eos_id` (`<|endoftext|>`) ends a document and pads a batch, `role_end_id` ends a turn; a chat stops at either
+    (`stop_ids`).
+    """
 
     def __init__(self, text: str) -> None:
         """`text`: content of a `tokenizer.json`."""
         from tokenizers import Tokenizer as Engine
 
+        content = json.loads(text)
         self._json = text
         self._full = Engine.from_str(text)
-        # The same vocabulary without added tokens: `<role>` in a document is seven ordinary characters here.
-        self._plain = Engine.from_str(json.dumps({**json.loads(text), "added_tokens": []}))
+        # The same vocabulary without added tokens: `<role>` in a document is six ordinary characters here.
+        self._plain = Engine.from_str(json.dumps({**content, "added_tokens": []}))
+        self._marks = {token["content"] for token in content["added_tokens"]}
+        for token in CHAT_TOKENS:
+            if not self.is_mark(token):
+                raise UserError(f"tokenizer: has no special token {token!r}")
         self.eos_id = self.token_id(END_OF_TEXT)
         self.role_end_id = self.token_id(ROLE_END)
+        self.stop_ids = frozenset({self.eos_id, self.role_end_id})
 
     @property
     def vocab_size(self) -> int:
@@ -46,6 +65,10 @@ class Tokenizer:
     def digest(self) -> str:
         """SHA-256 of `tokenizer.json`."""
         return hashlib.sha256(self._json.encode()).hexdigest()
+
+    def is_mark(self, text: str) -> bool:
+        """Whether `text` is an added token, which only the chat format writes; user text gives no such token."""
+        return text in self._marks
 
     def token_id(self, token: str) -> int:
         """The id of a token given by its exact text.
@@ -74,16 +97,24 @@ class Tokenizer:
         """`encode_rendered_batch` of one text."""
         return self.encode_rendered_batch([text])[0]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text of `ids`; special tokens are written out unless `skip_special` (`<think>` always is)."""
-        return str(self._full.decode([int(token) for token in ids], skip_special_tokens=skip_special))
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens written out."""
+        return str(self._full.decode([int(token) for token in ids], skip_special_tokens=False))
 
     def save(self, directory: Path) -> None:
-        """Write the Hugging Face files; `tokenizer_config.json` holds the chat template."""
-        named = {"bos_token": START_OF_TEXT, "eos_token": ROLE_END, "pad_token": END_OF_TEXT, "cls_token": "[CLS]"}
+        """Write the Hugging Face files, as published: `tokenizer_config.json` holds the chat template,
+        `generation_config.json` where engines stop (its place is beside the weights too)."""
+        published = {
+            "bos_token": START_OF_TEXT,
+            "eos_token": ROLE_END,
+            "pad_token": END_OF_TEXT,
+            "cls_token": "[CLS]",
+            "gmask_token": "[gMASK]",
+        }
+        # A name without its token would make Hugging Face append the token to the vocabulary.
+        named = {name: token for name, token in published.items() if self.is_mark(token)}
         config = {
             **named,
-            "gmask_token": "[gMASK]",
             "add_bos_token": False,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
@@ -94,11 +125,17 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self._json)
         _write_json(directory / "tokenizer_config.json", config)
-        _write_json(directory / "special_tokens_map.json", {**named, "gmask_token": "[gMASK]"})
+        _write_json(directory / "special_tokens_map.json", named)
+        generation = {
+            "bos_token_id": self.token_id(START_OF_TEXT),
+            "eos_token_id": sorted(self.stop_ids),
+            "pad_token_id": self.eos_id,
+        }
+        _write_json(directory / "generation_config.json", generation)
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Read a tokenizer directory.
+        """Read a tokenizer directory, ours or the published one. Of its files only `tokenizer.json` counts.
 
         Raises:
             UserError: `tokenizer.json` is missing, damaged, or lacks the tokens of the chat format.

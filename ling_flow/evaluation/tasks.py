@@ -63,7 +63,6 @@ def ask(
         seed: of the sampling; the same questions with the same seed and model give the same answers.
         on_progress: called with (answered, all) after each batch.
     """
-    stop_ids = [tokenizer.role_end_id, tokenizer.eos_id]
     prompts = [prompt_tokens(question.problem, question.thinking, tokenizer) for question in questions]
     # Thinking and instant answers differ much in length: batches of one kind waste fewer steps.
     order = sorted(range(len(questions)), key=lambda index: questions[index].thinking)
@@ -75,7 +74,7 @@ def ask(
             [prompts[index] for index in chosen],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            stop_ids=stop_ids,
+            stop_ids=tokenizer.stop_ids,
             seed=seed + first,
         )
         for index, completion in zip(chosen, completions, strict=True):

@@ -24,8 +24,11 @@ def choose_experts(scores_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, 
 
 
 def expert_weights(scores_TE: Tensor, indices_TK: Tensor, scaling: float) -> Tensor:
-    """Weights (T, K) of the chosen experts: unbiased scores, normalised to sum 1, times `scaling`."""
+    """Weights (T, K) of the chosen experts: unbiased scores, normalised to sum 1 where there are several, times
+    `scaling`. (Normalising a single one would leave the router without a gradient; the published code does not.)"""
     chosen_TK = scores_TE.gather(-1, indices_TK)
+    if indices_TK.shape[-1] == 1:
+        return chosen_TK * scaling
     return chosen_TK * (scaling / (chosen_TK.sum(-1, keepdim=True) + 1e-20))
 
 

@@ -163,8 +163,8 @@ class ModelConfig(StrictModel):
         if self.rope_scaling is not None:
             longest = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
             require(
-                self.max_position_embeddings <= longest,
-                f"max_position_embeddings must be at most rope_scaling.factor x original_max_position_embeddings "
+                self.max_position_embeddings == longest,  # engines take the factor from their ratio
+                f"max_position_embeddings must be rope_scaling.factor x original_max_position_embeddings "
                 f"({longest}), got {self.max_position_embeddings}",
             )
         for name in ("eos_token_id", "pad_token_id"):
@@ -214,6 +214,7 @@ class ModelConfig(StrictModel):
             **FIXED_KEYS,
             **self.model_dump(),
             "moe_shared_expert_intermediate_size": self.moe_intermediate_size,
+            "rotary_dim": self.rotary_dim,  # read by engines that do not know partial_rotary_factor
         }
 
     @classmethod
@@ -229,6 +230,8 @@ class ModelConfig(StrictModel):
         for key, value in FIXED_KEYS.items():
             if key in data and data[key] != value:
                 raise UserError(f"{where}.{key}: only {value!r} is supported, got {data[key]!r}")
+        if "partial_rotary_factor" not in data and data.get("rotary_dim") and data.get("head_dim"):
+            data = {**data, "partial_rotary_factor": data["rotary_dim"] / data["head_dim"]}  # as Ling-1T has it
         for key in ("partial_rotary_factor", "routed_scaling_factor", "rope_theta", "max_position_embeddings"):
             if key not in data:  # their defaults differ from engine to engine
                 raise UserError(f"{where}.{key}: required field is missing")

@@ -1,27 +1,45 @@
 """Checkpoints as Hugging Face directories with the published tensor names: what we save, the engines load, and the
-reverse."""
+reverse. BF16 or float32, or the blockwise FP8 form; read and written tensor by tensor."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
+from ling_flow.config import parse
 from ling_flow.errors import UserError
-from ling_flow.model.config import ModelConfig
+from ling_flow.model.checkpoint_files import (
+    INDEX,
+    SHARD_BYTES,
+    TensorSpec,
+    read_json,
+    stored_tensors,
+    write_weights,
+)
+from ling_flow.model.config import HEADER_KEYS, ModelConfig
+from ling_flow.model.fp8_blocks import (
+    BLOCK,
+    SCALE_SUFFIX,
+    STORED_TYPE,
+    dequantize_into,
+    quantization_config,
+    quantized_specs,
+    quantized_stream,
+    scale_spec,
+)
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-SHARD_BYTES = 10 * 2**30
 
 
 def published_tensors(model: BailingMoeV2ForCausalLM) -> dict[str, Tensor]:
@@ -48,27 +66,184 @@ def _halves(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
+def read_config(directory: Path) -> ModelConfig:
+    """The architecture of a checkpoint, as its config.json has it.
+
+    Raises:
+        UserError: no whole checkpoint there, or a config.json that is damaged or of another model.
+    """
+    return ModelConfig.from_hf(_raw_config(directory), str(directory / CONFIG))
+
+
+def load_pretrained(
+    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> BailingMoeV2ForCausalLM:
+    """The model of a checkpoint directory, on `device`. Host memory: the model, if it is on the CPU, and a few tensors.
+
+    The type is that of config.json, or `dtype` (float32 or bfloat16), which then becomes the config's. Without `dtype`
+    nothing is rounded but FP8 blocks to the config's type; with it, wider stored tensors are. `expert_bias` is float32
+    in any case. MTP layers are those the weights have where config.json does not say or the weights have none.
+
+    Raises:
+        UserError: a missing or damaged file (named), or tensors that are missing, unknown, of the wrong shape or type
+            (all in one line, before any is read).
+    """
+    checkpoint = _Checkpoint(directory, dtype)
+    model = checkpoint.meta_model.to_empty(device=device)
+    for gate in model.gates():
+        gate.expert_counts.zero_()  # not part of a checkpoint
+    for name, target in published_tensors(model).items():
+        checkpoint.read_into(target, name)
+    return model
+
+
 def save_pretrained(
-    model: BailingMoeV2ForCausalLM, directory: Path, tokenizer_dir: Path | None = None, shard_bytes: int = SHARD_BYTES
+    model: BailingMoeV2ForCausalLM,
+    directory: Path,
+    tokenizer_dir: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    fp8: bool = False,
 ) -> None:
     """Write config.json, the weights (in shards with an index above `shard_bytes`) and a copy of the tokenizer's files.
 
-    config.json is put in place last: a directory that has one is whole. Tensors keep their type.
+    config.json is put in place last: a directory that has one is whole. Tensors keep their type; with `fp8`, the
+    projections take the blockwise FP8 form.
 
     Raises:
         UserError: `tokenizer_dir` is not a directory.
     """
     if tokenizer_dir is not None and not tokenizer_dir.is_dir():
         raise UserError(f"{tokenizer_dir}: no such directory; expected the tokenizer's files")
+    tensors = published_tensors(model)
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    _write(directory, model.config.to_hf(), tokenizer_dir, specs, tensors.items(), shard_bytes, fp8)
+
+
+def convert_checkpoint(source: Path, destination: Path, fp8: bool, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a checkpoint in the blockwise FP8 form, or in its config.json's plain type; a tensor at a time, without
+    the model. Other keys of config.json and other files of the directory stay as they are.
+
+    Raises:
+        UserError: as `load_pretrained`.
+    """
+    checkpoint = _Checkpoint(source, None)
+    config = {**checkpoint.raw_config, "num_nextn_predict_layers": checkpoint.config.num_nextn_predict_layers}
+    config.pop("quantization_config", None)
+    _write(destination, config, source, checkpoint.specs, checkpoint.tensors(), shard_bytes, fp8)
+
+
+class _Checkpoint:
+    """A checkpoint directory whose headers have been compared with its config.json; no weight is read yet."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype | None) -> None:
+        self.raw_config = _raw_config(directory)
+        self.stored = stored_tensors(directory)
+        self.config = self._config(str(directory / CONFIG), dtype)
+        with torch.device("meta"):
+            self.meta_model = BailingMoeV2ForCausalLM(self.config)
+        self.specs = {name: TensorSpec.of(tensor) for name, tensor in published_tensors(self.meta_model).items()}
+        problems = [
+            _listing("missing tensors", sorted(self.specs.keys() - self.stored.keys())),
+            _listing("unknown tensors", sorted(self.stored.keys() - self.specs.keys() - self._scales())),
+            _listing("wrong tensors", self._wrong(may_round=dtype is not None)),
+        ]
+        if any(problems):
+            raise UserError(f"{directory}: does not match its config.json: {'; '.join(filter(None, problems))}")
+
+    def _config(self, where: str, dtype: torch.dtype | None) -> ModelConfig:
+        config = ModelConfig.from_hf(self.raw_config, where)
+        changes: dict[str, Any] = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
+        matches = (re.match(r"model\.layers\.(\d+)\.", name) for name in self.stored)
+        present = {int(match[1]) for match in matches if match}
+        mtp_layers = sum(index >= config.num_hidden_layers for index in present)
+        # Published chat models ship without their MTP layer, and published configs without its key.
+        if mtp_layers == 0 or self.raw_config.get("num_nextn_predict_layers") is None:
+            changes["num_nextn_predict_layers"] = mtp_layers
+        return parse(ModelConfig, {**config.model_dump(), **changes}, where) if changes else config
+
+    def _scales(self) -> set[str]:
+        """Names of the scales of FP8 tensors."""
+        return {name + SCALE_SUFFIX for name, tensor in self.stored.items() if tensor.spec.dtype == STORED_TYPE}
+
+    def _wrong(self, may_round: bool) -> Iterator[str]:
+        for name, expected in self.specs.items():
+            if name not in self.stored:
+                continue
+            spec = self.stored[name].spec
+            if spec.shape != expected.shape:
+                yield f"{name} is {spec} instead of {expected}"
+            elif spec.dtype == STORED_TYPE:
+                scale = self.stored.get(name + SCALE_SUFFIX)
+                if scale is None:
+                    yield f"{name} is {spec} without {name}{SCALE_SUFFIX}"
+                elif scale.spec != scale_spec(spec.shape):
+                    yield f"{scale.name} is {scale.spec} instead of {scale_spec(spec.shape)}"
+            elif not may_round and torch.promote_types(spec.dtype, expected.dtype) != expected.dtype:
+                yield f"{name} is {spec} instead of {expected} (give a dtype to have it rounded)"
+
+    @torch.no_grad()
+    def read_into(self, target: Tensor, name: str) -> None:
+        source = self.stored[name]
+        if source.spec.dtype == STORED_TYPE:
+            scales = self.stored[name + SCALE_SUFFIX].load()
+            dequantize_into(target, source.load().to(target.device), scales.to(target.device))
+        elif source.spec.dtype == target.dtype and target.device.type == "cpu":
+            source.load_into(target)
+        else:
+            target.copy_(source.load())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, spec in self.specs.items():
+            tensor = torch.empty(spec.shape, dtype=spec.dtype)
+            self.read_into(tensor, name)
+            yield name, tensor
+
+
+def _raw_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    data = read_json(path, missing=f"{path}: no such file; {directory} is not a whole checkpoint")
+    # What transformers makes of the config when it saves a published model: no model_type, and a newer name.
+    if not data.get("model_type") and data.get("architectures") == HEADER_KEYS["architectures"]:
+        data["model_type"] = HEADER_KEYS["model_type"]
+    if "dtype" in data:
+        data["torch_dtype"] = data.pop("dtype")
+    quantization = data.get("quantization_config")
+    if quantization is not None:
+        expected = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+        for key, value in expected.items():
+            if not isinstance(quantization, dict) or quantization.get(key) != value:
+                raise UserError(f"{path}.quantization_config: only {expected} is supported, got {quantization}")
+    return data
+
+
+def _write(
+    directory: Path,
+    config: dict[str, Any],
+    others: Path | None,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int,
+    fp8: bool,
+) -> None:
+    if fp8:
+        config = {**config, "quantization_config": quantization_config(config["num_nextn_predict_layers"])}
+        specs, tensors = quantized_specs(specs), quantized_stream(tensors)
+    with _replaced(directory) as staging:
+        if others is not None:
+            for path in sorted(others.iterdir()):
+                if path.is_file() and path.name not in (CONFIG, INDEX) and path.suffix != ".safetensors":
+                    shutil.copyfile(path, staging / path.name)
+        write_weights(staging, specs, tensors, shard_bytes)
+        (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _replaced(directory: Path) -> Iterator[Path]:
+    """A folder whose files take the place of the checkpoint in `directory` once the block is through."""
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=directory))
     try:
-        if tokenizer_dir is not None:
-            for path in sorted(tokenizer_dir.iterdir()):
-                if path.is_file():
-                    shutil.copyfile(path, staging / path.name)
-        _write_weights(published_tensors(model), staging, shard_bytes)
-        (staging / CONFIG).write_text(json.dumps(model.config.to_hf(), indent=2, sort_keys=True) + "\n")
+        yield staging
         for path in staging.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -78,120 +253,13 @@ def save_pretrained(
             path.replace(directory / path.name)
     finally:
         shutil.rmtree(staging)
+        if not any(directory.iterdir()):
+            directory.rmdir()
 
 
-def _write_weights(tensors: dict[str, Tensor], directory: Path, shard_bytes: int) -> None:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
-    files = (
-        [WEIGHTS]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for file, names in zip(files, shards, strict=True):
-        # Copies, one shard at a time: safetensors refuses views that share memory.
-        save_file(
-            {name: tensors[name].detach().cpu().clone() for name in names}, directory / file, metadata={"format": "pt"}
-        )
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        (directory / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-        )
-
-
-def read_config(directory: Path) -> ModelConfig:
-    """The architecture of a checkpoint.
-
-    Raises:
-        UserError: no whole checkpoint there, or a config.json that is damaged or of another model.
-    """
-    path = directory / CONFIG
-    data = _read_json(path, missing=f"{path}: no such file; {directory} is not a whole checkpoint")
-    return ModelConfig.from_hf(data, str(path))
-
-
-def load_pretrained(directory: Path) -> BailingMoeV2ForCausalLM:
-    """The model of a checkpoint directory, bit for bit, on the CPU.
-
-    Raises:
-        UserError: a missing or damaged file (named), or tensors that are missing, unknown, of the wrong shape or type
-        (all in one line).
-    """
-    config = read_config(directory)
-    model = BailingMoeV2ForCausalLM(config)
-    expected = published_tensors(model)
-    files = weight_files(directory)
-    found: set[str] = set()
-    wrong: list[str] = []
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not iterable itself)
-                    found.add(name)
-                    if name not in expected:
-                        continue
-                    source, target = file.get_tensor(name), expected[name]
-                    if source.shape != target.shape or source.dtype != target.dtype:
-                        wrong.append(f"{name} is {_kind(source)} instead of {_kind(target)}")
-                    else:
-                        target.copy_(source)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged or unreadable ({error}); fetch or write it again") from None
-    problems = [
-        _listing("missing tensors", sorted(expected.keys() - found)),
-        _listing("unknown tensors", sorted(found - expected.keys())),
-        _listing("wrong tensors", wrong),
-    ]
-    if any(problems):
-        raise UserError(f"{directory}: does not match its config.json: {'; '.join(filter(None, problems))}")
-    return model
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
-
-    Raises:
-        UserError: none there, or one that the index names is missing.
-    """
-    if (directory / INDEX).exists():
-        weight_map = _read_json(directory / INDEX, missing="").get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{directory / INDEX}: has no weight_map; fetch or write it again")
-        paths = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        paths = [directory / WEIGHTS]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; the checkpoint is not whole")
-    return paths
-
-
-def _read_json(path: Path, missing: str) -> dict:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(missing) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return data
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
-def _listing(title: str, names: list[str], most: int = 5) -> str:
-    if not names:
+def _listing(title: str, names: Iterable[str], most: int = 20) -> str:
+    found = list(names)
+    if not found:
         return ""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{title}: {', '.join(names[:most])}{more}"
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return f"{title}: {', '.join(found[:most])}{more}"

@@ -29,10 +29,9 @@ class Completion:
         self.prompt_tokens = len(prompt)
         self.completion_tokens = 0
         self.finish_reason = "length"
-        stop_ids = {tokenizer.eos_id, tokenizer.role_end_id}
         seed = secrets.randbits(63) if request.seed is None else request.seed
-        self._tokens = stream(model, prompt, length, request.temperature, stop_ids, seed, request.top_p)
-        self._stop_ids = stop_ids
+        self._tokens = stream(model, prompt, length, request.temperature, tokenizer.stop_ids, seed, request.top_p)
+        self._stop_ids = tokenizer.stop_ids
         self._text = TextStream(tokenizer.decode, request.stop)
 
     def __iter__(self) -> Iterator[Piece]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ling_flow.data.chat import CHAT_TEMPLATE, SPECIAL_TOKENS, THINK_TOKENS
 from ling_flow.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_tokenizer
 from ling_flow.errors import UserError
+from tests.data import published
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "47 + 38 = 85\n12345 + 1 = 12346", "The quick brown fox."] * 30
 
@@ -51,11 +52,6 @@ def test_written_special_tokens_are_only_text(tokenizer: Tokenizer, token: str) 
     assert tokenizer.encode_batch([token]) == [tokenizer.encode(token)]
 
 
-def test_only_special_tokens_are_skipped(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode_rendered("<role>HUMAN</role>\n<think>\nx<|role_end|>")
-    assert tokenizer.decode(ids, skip_special=True) == "HUMAN\n<think>\nx"
-
-
 def test_nothing_is_added(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("") == [] == tokenizer.encode_rendered("")
     assert not {tokenizer.eos_id, tokenizer.token_id("<|startoftext|>")} & set(tokenizer.encode_rendered("hello"))
@@ -83,6 +79,31 @@ def test_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for names in (config, special):
         assert (names["bos_token"], names["eos_token"]) == ("<|startoftext|>", "<|role_end|>")
         assert names["pad_token"] == "<|endoftext|>"
+    assert json.loads((tmp_path / "tokenizer" / "generation_config.json").read_text()) == {
+        "bos_token_id": tokenizer.token_id("<|startoftext|>"),
+        "eos_token_id": [tokenizer.token_id("<|endoftext|>"), tokenizer.token_id("<|role_end|>")],
+        "pad_token_id": tokenizer.token_id("<|endoftext|>"),
+    }
+
+
+def test_ids_of_the_published_tokenizer(tmp_path: Path) -> None:
+    published.write_published(tmp_path / "published", TEXTS)
+    given = Tokenizer.load(tmp_path / "published")
+    assert given.vocab_size == 157153
+    assert (given.eos_id, given.role_end_id) == (156892, 156895)
+    assert given.stop_ids == {156892, 156895}
+    assert [given.token_id(token) for token in ("<|startoftext|>", "<role>", "</role>")] == [156891, 157151, 157152]
+    assert given.encode_rendered("<role>HUMAN</role>47<|role_end|>") == [
+        157151, *given.encode("HUMAN"), 157152, *given.encode("47"), 156895,
+    ]  # fmt: skip
+    attack = "".join(SPECIAL_TOKENS)
+    assert max(given.encode(attack)) < 156891 and given.decode(given.encode(attack)) == attack
+    thinking = given.encode_rendered("\n<think>\nT\n</think>")  # ordinary text in this vocabulary
+    assert thinking == given.encode("\n<think>\nT\n</think>") and max(thinking) < 156891
+    given.save(tmp_path / "again")
+    for name, expected in (("generation_config", published.GENERATION), ("special_tokens_map", published.NAMES)):
+        assert json.loads((tmp_path / "again" / f"{name}.json").read_text()) == expected
+    assert Tokenizer.load(tmp_path / "again").digest == given.digest
 
 
 def test_damaged_files_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -93,7 +114,10 @@ def test_damaged_files_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     foreign = json.loads((tmp_path / "tokenizer.json").read_text())
-    foreign["added_tokens"] = []
+    foreign["added_tokens"] = [token for token in foreign["added_tokens"] if token["content"] != "<role>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(foreign))
-    with pytest.raises(UserError, match=r"tokenizer\.json: tokenizer: has no token '<\|endoftext\|>'"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: tokenizer: has no special token '<role>'"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**foreign, "added_tokens": None}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer file"):
         Tokenizer.load(tmp_path)

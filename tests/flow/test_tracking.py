@@ -93,7 +93,9 @@ def test_a_step_under_its_dag_run(tmp_path: Path, uri: str) -> None:
 
 def test_adopts_the_run_that_the_platform_made(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = mlflow_store.connect(uri)
-    given = client.create_run(client.create_experiment("platform")).info.run_id
+    given = client.create_run(
+        client.create_experiment("platform", artifact_location=str(tmp_path / "platform"))
+    ).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     tracker = open_tracker(context(tmp_path, uri, "a-parent-that-does-not-count"))
     assert "MLFLOW_RUN_ID" not in os.environ

@@ -57,7 +57,7 @@ class NaiveModel:
         chosen = sorted((e for group in best for e in group), key=lambda e: -biased[e])[: c.num_experts_per_tok]
         self.choices.setdefault(layer, []).append(Choice(self.row, logits, chosen))
         out = self.mlp(x, f"{prefix}.shared_experts") if c.num_shared_experts else torch.zeros_like(x)
-        total = sum(scores[e] for e in chosen)
+        total = sum(scores[e] for e in chosen) if len(chosen) > 1 else 1.0
         for e in chosen:
             out = out + c.routed_scaling_factor * scores[e] / total * self.mlp(x, f"{prefix}.experts.{e}")
         return out

@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ling_flow.errors import UserError
+from ling_flow.model.checkpoint_files import TensorSpec, stored_tensors
 from ling_flow.model.hf import load_pretrained, published_tensors, save_pretrained
 from ling_flow.model.presets import mini, tiny
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
@@ -102,6 +104,19 @@ def test_shards_with_an_index_round_trip_and_replace_what_was_there(
         load_pretrained(saved)
 
 
+def test_no_weights_travel_along_with_a_tokenizer_from_another_checkpoint(
+    model: BailingMoeV2ForCausalLM, saved: Path, tmp_path: Path
+) -> None:
+    save_pretrained(model, saved, shard_bytes=2_000_000)
+    (saved / "tokenizer.json").write_text("{}")
+    save_pretrained(model, tmp_path / "out", saved)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
 def test_tokenizer_files_travel_along(model: BailingMoeV2ForCausalLM, tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
@@ -113,15 +128,14 @@ def test_tokenizer_files_travel_along(model: BailingMoeV2ForCausalLM, tmp_path: 
     ]
 
 
-def test_a_failed_save_leaves_the_old_checkpoint_whole(
-    model: BailingMoeV2ForCausalLM, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ling_flow.model.hf.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_pretrained(model, saved)
+def test_a_failed_save_leaves_the_old_checkpoint_whole(model: BailingMoeV2ForCausalLM, saved: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # as if the disk were full
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_pretrained(model, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
     assert_same(model, load_pretrained(saved))
     with pytest.raises(UserError, match="no such directory"):
@@ -133,7 +147,7 @@ def test_mismatches_are_all_named_in_one_line(saved: Path) -> None:
     del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
     tensors["model.layers.2.mlp.experts.99.up_proj.weight"] = torch.zeros(2)
     tensors["model.norm.weight"] = torch.zeros(7)
-    tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].double()
     save_file(tensors, saved / "model.safetensors")
     with pytest.raises(UserError) as caught:
         load_pretrained(saved)
@@ -142,7 +156,7 @@ def test_mismatches_are_all_named_in_one_line(saved: Path) -> None:
     assert "missing tensors: model.layers.2.mlp.experts.3.up_proj.weight" in said
     assert "unknown tensors: model.layers.2.mlp.experts.99.up_proj.weight" in said
     assert "model.norm.weight is float32[7] instead of float32[96]" in said
-    assert "lm_head.weight is bfloat16[1024, 96] instead of float32[1024, 96]" in said
+    assert "lm_head.weight is float64[1024, 96] instead of float32[1024, 96]" in said
 
 
 def test_a_truncated_file_is_named(saved: Path) -> None:
@@ -150,6 +164,115 @@ def test_a_truncated_file_is_named(saved: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"model\.safetensors: damaged or unreadable"):
         load_pretrained(saved)
+
+
+@pytest.fixture
+def shards(model: BailingMoeV2ForCausalLM, saved: Path) -> Path:
+    save_pretrained(model, saved, shard_bytes=2_000_000)
+    return saved
+
+
+def one_line_error(directory: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_pretrained(directory)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_that_only_the_index_has_is_named(shards: Path) -> None:
+    (shards / "model-00002-of-00004.safetensors").unlink()
+    assert "model-00002-of-00004.safetensors: no such file" in one_line_error(shards)
+
+
+def test_a_tensor_in_two_files_is_named(shards: Path) -> None:
+    first, second = shards / "model-00001-of-00004.safetensors", shards / "model-00002-of-00004.safetensors"
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: torch.zeros(1)}, second)
+    assert f"{second.name}: holds {name}, which {first.name} holds too" in one_line_error(shards)
+
+
+def test_an_index_that_is_wrong_about_a_tensor_is_named(shards: Path) -> None:
+    second = shards / "model-00002-of-00004.safetensors"
+    tensors = load_file(second)
+    name = next(iter(tensors))
+    del tensors[name]
+    save_file(tensors, second)
+    said = one_line_error(shards)
+    assert f"index.json: says that {name} is in {second.name}, which does not have it" in said
+    (shards / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    assert "index.json: has no weight_map" in one_line_error(shards)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(saved: Path) -> None:
+    tensor = max(stored_tensors(saved).values(), key=lambda tensor: tensor.start)
+    with tensor.path.open("rb+") as file:
+        file.truncate(tensor.start + tensor.spec.nbytes - 1)
+    with pytest.raises(UserError, match=rf"model\.safetensors: damaged \(ends within {tensor.name}\)"):
+        tensor.load()
+
+
+def test_tensors_of_a_checkpoint_are_read_one_by_one(model: BailingMoeV2ForCausalLM, shards: Path) -> None:
+    expected = published_tensors(model)
+    stored = stored_tensors(shards)
+    assert stored.keys() == expected.keys()
+    for name, tensor in stored.items():
+        assert tensor.spec == TensorSpec.of(expected[name])
+        assert torch.equal(tensor.load(), expected[name]), name
+
+
+def test_a_type_the_model_cannot_have_is_named(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int64)
+    save_file(tensors, saved / "model.safetensors")
+    assert "model.safetensors: model.norm.weight is I64; only F64, F32, F16, BF16, F8_E4M3 are read" in one_line_error(
+        saved
+    )
+
+
+def test_stored_types_are_widened_but_rounded_only_on_request(model: BailingMoeV2ForCausalLM, tmp_path: Path) -> None:
+    half = BailingMoeV2ForCausalLM(tiny().model_copy(update={"torch_dtype": "bfloat16"}))
+    half.load_state_dict(model.state_dict())
+    save_pretrained(half, tmp_path)
+    wide = load_pretrained(tmp_path, dtype=torch.float32)
+    assert wide.config.torch_dtype == "float32"
+    for name, tensor in published_tensors(wide).items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, published_tensors(half)[name].float()), name
+
+    save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    name = "model.layers.0.attention.dense.weight"
+    assert f"{name} is float32[96, 96] instead of bfloat16[96, 96]" in one_line_error(tmp_path)
+    assert_same(load_pretrained(tmp_path, dtype=torch.bfloat16), half)
+    with pytest.raises(UserError, match="torch_dtype"):
+        load_pretrained(tmp_path, dtype=torch.float16)
+
+
+def test_loading_goes_straight_to_the_device(saved: Path) -> None:
+    assert {tensor.device.type for tensor in load_pretrained(saved, device="meta").state_dict().values()} == {"meta"}
+    loaded = load_pretrained(saved)
+    assert not any(gate.expert_counts.any() for gate in loaded.gates())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loading_onto_a_gpu(model: BailingMoeV2ForCausalLM, saved: Path) -> None:
+    loaded = load_pretrained(saved, device="cuda")
+    assert {tensor.device.type for tensor in loaded.state_dict().values()} == {"cuda"}
+    assert_same(model, loaded.cpu())
+
+
+def test_files_are_what_safetensors_reads_and_aligned(model: BailingMoeV2ForCausalLM, tmp_path: Path) -> None:
+    half = BailingMoeV2ForCausalLM(tiny().model_copy(update={"torch_dtype": "bfloat16"}))
+    half.load_state_dict(model.state_dict())
+    save_pretrained(half, tmp_path)
+    read = load_file(tmp_path / "model.safetensors")
+    for name, tensor in published_tensors(half).items():
+        assert torch.equal(read[name], tensor), name
+    for tensor in stored_tensors(tmp_path).values():
+        assert tensor.start % tensor.spec.dtype.itemsize == 0
 
 
 @pytest.mark.parametrize(("text", "said"), [("{", "not readable as JSON"), ("[]", "must hold a JSON object")])

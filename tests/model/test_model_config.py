@@ -134,9 +134,16 @@ def test_other_models_are_refused(change: dict[str, Any], said: str) -> None:
         ModelConfig.from_hf({**model_preset("tiny").to_hf(), **change})
 
 
+def test_the_rotated_elements_may_be_given_as_a_number() -> None:
+    published = model_preset("mini").to_hf()
+    assert published["rotary_dim"] == 64
+    del published["partial_rotary_factor"]
+    assert ModelConfig.from_hf(published) == model_preset("mini")
+
+
 def test_a_config_without_rotary_share_is_refused_because_engines_would_guess() -> None:
     published = model_preset("tiny").to_hf()
-    del published["partial_rotary_factor"]
+    del published["partial_rotary_factor"], published["rotary_dim"]
     with pytest.raises(UserError, match="partial_rotary_factor: required"):
         ModelConfig.from_hf(published)
 

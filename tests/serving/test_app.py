@@ -74,8 +74,7 @@ def test_who_serves_what(url: str) -> None:
 def test_the_answer_is_what_the_model_generates(url: str, checkpoint: Path) -> None:
     tokenizer, model = Tokenizer.load(checkpoint), load_pretrained(checkpoint).eval()
     prompt = encode_prompt(tokenizer, QUESTION, thinking=False)
-    stop_ids = {tokenizer.eos_id, tokenizer.role_end_id}
-    (expected,) = generate(model, [prompt], 12, 0.0, stop_ids, seed=0)
+    (expected,) = generate(model, [prompt], 12, 0.0, tokenizer.stop_ids, seed=0)
     answer = ask(url, max_tokens=12, model="micro")
     (choice,) = answer["choices"]
     text = tokenizer.decode(expected.tokens[:-1] if expected.finished else expected.tokens)
