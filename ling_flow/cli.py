@@ -92,13 +92,56 @@ def run(
         click.echo(json.dumps(finished.to_json()))
 
 
+def _family_options(command: Any) -> Any:
+    """The options of `plan` that a model preset takes. Values are checked with the model, in one line."""
+    options = (
+        click.option("--context", help="Tokens per sequence. [default: 4096]"),
+        click.option("--scores", help="Attention scores counted: full (as the laws do) or causal. [default: full]"),
+        click.option("--tokens", help="Training tokens. [default: 20e12]"),
+        click.option("--mfu", help="Share of the GPUs' peak that training reaches. [default: 0.35]"),
+        click.option("--gpu", help="a100, h20, h100, h800 or h200: gives peak (dense bf16) and power. [default: h800]"),
+        click.option("--peak-tflops", help="Another peak of one GPU, TFLOP/s."),
+        click.option("--watts", help="Another power of one GPU, W."),
+        click.option(
+            "--layout", multiple=True, metavar="FIELD=VALUE",
+            help="Change data, expert, pipeline, sharding, precision, moments, micro_batch or recompute; repeatable.",
+        ),
+    )  # fmt: skip
+    for option in reversed(options):  # the last one applied is listed first
+        command = option(command)
+    return command
+
+
 @cli.command()
 @_dag_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object with every node, its fingerprint and reason.")
+@_family_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure.")
 def plan(
-    dag: str, preset: str | None, seed: int | None, assignments: Sequence[str], config_file: str | None, as_json: bool
+    dag: str,
+    preset: str | None,
+    seed: int | None,
+    assignments: Sequence[str],
+    config_file: str | None,
+    as_json: bool,
+    layout: Sequence[str],
+    **cost: str | None,
 ) -> None:
-    """Say what `run` would do, node by node: cached, or why not. Nothing is run."""
+    """Say what `run` would do, node by node: cached, or why not. Nothing is run.
+
+    With --preset mini, flash or one_t, the Ling 2.0 family: parameters, FLOPs, memory and cost of training, beside the
+    published figures. --context to --layout belong to it.
+    """
+    from ling_flow.model.family import FAMILY
+
+    given = {name: value for name, value in cost.items() if value is not None}
+    if preset in FAMILY and dag == "lifecycle":
+        unused = {"--seed": seed is not None, "--set": assignments, "--config": config_file}
+        for name in (name for name, used in unused.items() if used):
+            raise UserError(f"{name}: has no meaning with --preset {preset}, which is a model and not a pipeline")
+        _plan_family(preset, given, layout, as_json)
+        return
+    for name in (*given, *(["layout"] if layout else [])):
+        raise UserError(f"--{name.replace('_', '-')}: needs one of --preset {', '.join(FAMILY)}")
     loaded, arguments = _choose(dag, preset, seed, assignments, config_file)
     nodes = _plan(loaded, arguments, frozenset())
     if as_json:
@@ -122,6 +165,16 @@ def plan(
     for node in nodes:
         table.add_row(node.label, node.fingerprint, node.state, node.reason)
     _console().print(table)
+
+
+def _plan_family(preset: str, options: dict[str, str], layout: Sequence[str], as_json: bool) -> None:
+    from ling_flow.family_plan import family_figures, family_table
+
+    figures = family_figures(preset, options, layout)
+    if as_json:
+        click.echo(json.dumps(figures[preset]))
+    else:
+        _console().print(family_table(figures, preset))
 
 
 @cli.command("compile")
