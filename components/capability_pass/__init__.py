@@ -5,16 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from components.contracts import check_same_tokenizer
+from components.problems import TASKS
 from ling_flow.config import StrictModel, context_field
 from ling_flow.data.reasoning import TaskSpec
 from ling_flow.flow.component import Dataset, Input, Model, Output, Resources, Step, component
-
-TASKS = (
-    TaskSpec(name="chain_sum", difficulties=(1, 2, 3), weight=7),
-    TaskSpec(name="number_sorting", difficulties=(1,), weight=1),
-    TaskSpec(name="count_bits", difficulties=(1,), weight=1),
-    TaskSpec(name="gcd", difficulties=(1,), weight=1),
-)
 
 
 class CapabilityPassConfig(StrictModel):

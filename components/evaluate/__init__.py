@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from components.capability_pass import TASKS
 from components.contracts import check_same_tokenizer
+from components.problems import TASKS
 from ling_flow.config import StrictModel, context_field
 from ling_flow.data.reasoning import TaskSpec
 from ling_flow.flow.component import HTML, Dataset, Input, Metrics, Model, Output, Resources, Step, component

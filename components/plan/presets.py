@@ -16,6 +16,7 @@ from components.pretrain import PretrainConfig
 from components.register import RegisterConfig
 from components.wind_tunnel import WindTunnelConfig
 from ling_flow.evaluation.gate import Gate
+from ling_flow.model.config import ModelConfig
 from ling_flow.model.presets import model_preset
 from ling_flow.scaling.design import Rung, SweepDesign
 
@@ -48,6 +49,34 @@ LONG_MIXTURE = {
 }
 
 
+def _stages(
+    model: ModelConfig, tokens: dict[str, int], lengths: tuple[int, int, int], seed: int, threads: int | None
+) -> dict[str, PretrainConfig]:
+    """Three stages of one constant-rate run: context and rotary base grow, the share of reasoning rises, and the last
+    keeps the checkpoints that are merged."""
+    shapes = (
+        ("short", SHORT_MIXTURE, 1e4, 8, 2),
+        ("mid", MID_MIXTURE, 3e4, 5, 2),
+        ("long", LONG_MIXTURE, 1e5, 16, 10),
+    )
+    return {
+        f"pretrain_{name}": PretrainConfig(
+            stage=name,
+            model=model,
+            tokens=tokens[name],
+            sequence_length=length,
+            rope_theta=rope_theta,
+            mixture=mixture,
+            expert_bias_update_rate=BIAS_RATE,
+            checkpoints_saved=saved,
+            checkpoints_kept=kept,
+            seed=seed,
+            threads=threads,
+        )
+        for (name, mixture, rope_theta, saved, kept), length in zip(shapes, lengths, strict=True)
+    }
+
+
 def tiny(seed: int) -> LifecycleConfig:
     """Every phase for real in minutes on two CPU cores: 0.5 M active parameters, 2.5 M tokens."""
     from components.plan import LifecycleConfig
@@ -75,47 +104,8 @@ def tiny(seed: int) -> LifecycleConfig:
             expert_bias_update_rate=BIAS_RATE,
             seed=seed,
         ),
-        fit_scaling_laws=FitScalingLawsConfig(
-            model=model, tokens=sum(tokens.values()), sequence_length=128, bootstrap_samples=100, seed=seed
-        ),
-        pretrain_short=PretrainConfig(
-            stage="short",
-            model=model,
-            tokens=tokens["short"],
-            sequence_length=128,
-            mixture=SHORT_MIXTURE,
-            expert_bias_update_rate=BIAS_RATE,
-            checkpoints_saved=8,
-            checkpoints_kept=2,
-            seed=seed,
-            threads=1,
-        ),
-        pretrain_mid=PretrainConfig(
-            stage="mid",
-            model=model,
-            tokens=tokens["mid"],
-            sequence_length=192,
-            rope_theta=3e4,
-            mixture=MID_MIXTURE,
-            expert_bias_update_rate=BIAS_RATE,
-            checkpoints_saved=5,
-            checkpoints_kept=2,
-            seed=seed,
-            threads=1,
-        ),
-        pretrain_long=PretrainConfig(
-            stage="long",
-            model=model,
-            tokens=tokens["long"],
-            sequence_length=256,
-            rope_theta=1e5,
-            mixture=LONG_MIXTURE,
-            expert_bias_update_rate=BIAS_RATE,
-            checkpoints_saved=16,
-            checkpoints_kept=10,
-            seed=seed,
-            threads=1,
-        ),
+        fit_scaling_laws=FitScalingLawsConfig(model=model, tokens=sum(tokens.values()), sequence_length=128, seed=seed),
+        **_stages(model, tokens, (128, 192, 256), seed, threads=1),
         merge_checkpoints=MergeCheckpointsConfig(last_k=10, validation_tokens=4096, threads=1),
         capability_pass=CapabilityPassConfig(seed=seed, threads=1),
         preference_pass=PreferencePassConfig(seed=seed, threads=1),
@@ -138,20 +128,6 @@ def small(seed: int) -> LifecycleConfig:
 
     model = model_preset("small")
     tokens = {"short": 2_400_000, "mid": 1_400_000, "long": 1_200_000}
-
-    def stage(name: str, length: int, mixture: dict[str, float], theta: float, saved: int, kept: int) -> PretrainConfig:
-        return PretrainConfig(
-            stage=name,
-            model=model,
-            tokens=tokens[name],
-            sequence_length=length,
-            rope_theta=theta,
-            mixture=mixture,
-            expert_bias_update_rate=BIAS_RATE,
-            checkpoints_saved=saved,
-            checkpoints_kept=kept,
-            seed=seed,
-        )
 
     sources = [
         source.model_copy(update={"documents": 20_000})
@@ -181,9 +157,7 @@ def small(seed: int) -> LifecycleConfig:
             seed=seed,
         ),
         fit_scaling_laws=FitScalingLawsConfig(model=model, tokens=sum(tokens.values()), sequence_length=256, seed=seed),
-        pretrain_short=stage("short", 256, SHORT_MIXTURE, 1e4, 8, 2),
-        pretrain_mid=stage("mid", 384, MID_MIXTURE, 3e4, 5, 2),
-        pretrain_long=stage("long", 512, LONG_MIXTURE, 1e5, 16, 10),
+        **_stages(model, tokens, (256, 384, 512), seed, threads=None),
         merge_checkpoints=MergeCheckpointsConfig(last_k=10),
         capability_pass=CapabilityPassConfig(seed=seed),
         preference_pass=PreferencePassConfig(seed=seed),

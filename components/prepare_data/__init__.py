@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
+from components.problems import TASKS
 from ling_flow.config import StrictModel
 from ling_flow.data.documents import pin
-from ling_flow.data.reasoning import TaskSpec
 from ling_flow.data.sources import ReasoningSource, Source, StdlibSource
 from ling_flow.flow.component import Dataset, Output, Resources, Step, component
-
-TASKS = [
-    TaskSpec(name="chain_sum", difficulties=(1, 2, 3), weight=7),
-    TaskSpec(name="number_sorting", difficulties=(1,), weight=1),
-    TaskSpec(name="count_bits", difficulties=(1,), weight=1),
-    TaskSpec(name="gcd", difficulties=(1,), weight=1),
-]
 
 
 def default_sources() -> list[Source]:
     """About four million tokens that any machine with Python has: its standard library, and procedural problems."""
+    tasks = list(TASKS)
     return [
         StdlibSource(name="python_code", part="code", max_characters=1_500_000),
         StdlibSource(name="python_prose", part="prose", max_characters=1_500_000),
-        ReasoningSource(name="reasoning_plain", tasks=TASKS, style="plain", documents=8_000, problems_per_document=8),
-        ReasoningSource(name="reasoning_cot", tasks=TASKS, style="chain_of_thought", documents=8_000),
-        ReasoningSource(name="reasoning_chat", tasks=TASKS, style="chat", documents=8_000),
+        ReasoningSource(name="reasoning_plain", tasks=tasks, style="plain", documents=8_000, problems_per_document=8),
+        ReasoningSource(name="reasoning_cot", tasks=tasks, style="chain_of_thought", documents=8_000),
+        ReasoningSource(name="reasoning_chat", tasks=tasks, style="chat", documents=8_000),
     ]
 
 

@@ -1,11 +1,12 @@
 """The routed experts of one layer, dropless: Σ_k weight_k · down_e(silu(gate_e x) · up_e x) over the chosen experts e
 of each token.
 
-Shapes: T tokens, D hidden, E experts, K chosen, F expert width, N = T·K rows sorted by expert.
+Shapes: T tokens, D hidden, E experts, K chosen, F expert width, R rows: the T·K (token, choice) pairs by expert.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +23,99 @@ def routed_experts(
     return _RoutedExperts.apply(x_TD, indices_TK, weights_TK, counts_E, gate_up_E2FD, down_EDF)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where each (token, choice) pair lies among the rows, sorted by expert.
+
+    Padded, every expert has as many rows as the fullest, and each product is one batched call; else rows lie densely
+    and each expert that has any is a call of its own. A row of padding reads token 0 and has weight 0, which makes it
+    add nothing to the output and nothing to any gradient.
+    """
+
+    counts: list[int]  # rows of each expert, padding aside
+    top_k: int
+    padded: bool
+    place_N: Tensor  # of each pair, its row; N = T·K
+    token_R: Tensor  # of each row, its token
+
+    @staticmethod
+    def of(indices_TK: Tensor, counts_E: Tensor, dtype: torch.dtype) -> Rows:
+        """The rows of what the router chose."""
+        counts, top_k = counts_E.tolist(), indices_TK.shape[1]
+        order_N = indices_TK.flatten().argsort(stable=True)
+        row_N = torch.arange(order_N.numel(), device=order_N.device)
+        padded = _pads(counts, dtype)
+        if not padded:
+            place_N = torch.empty_like(order_N).index_copy_(0, order_N, row_N)
+            return Rows(counts, top_k, padded, place_N, order_N // top_k)
+        most = max(counts)
+        shift_E = torch.arange(len(counts), device=order_N.device) * most - (counts_E.cumsum(0) - counts_E)
+        row_N = row_N + shift_E.repeat_interleave(counts_E, output_size=order_N.numel())
+        place_N = torch.empty_like(order_N).index_copy_(0, order_N, row_N)
+        token_R = order_N.new_zeros(most * len(counts)).index_copy_(0, row_N, order_N // top_k)
+        return Rows(counts, top_k, padded, place_N, token_R)
+
+    def spread(self, values_N: Tensor) -> Tensor:
+        """Values of the pairs → of the rows (R, 1), 0 in padding."""
+        return values_N.new_zeros(len(self.token_R)).index_copy_(0, self.place_N, values_N).unsqueeze(-1)
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """The token of each row (R, D)."""
+        return x_TD.index_select(0, self.token_R)
+
+    def sum(self, rows_RD: Tensor) -> Tensor:
+        """Sum of the K rows of each token (T, D)."""
+        place_TK = self.place_N.unflatten(0, (-1, self.top_k))
+        if rows_RD.dtype == torch.float32 and rows_RD.device.type == "cpu":
+            return functional.embedding_bag(place_TK, rows_RD, mode="sum")  # one pass, fixed order
+        wide = torch.promote_types(rows_RD.dtype, torch.float32)
+        return rows_RD[place_TK].sum(1, dtype=wide).to(rows_RD.dtype)
+
+    def matmul(self, left_RA: Tensor, right_EAB: Tensor) -> Tensor:
+        """Each expert's rows times its matrix (R, B)."""
+        if self.padded:
+            return torch.bmm(self._by_expert(left_RA), right_EAB).flatten(0, 1)
+        out_RB = left_RA.new_empty(len(self.token_R), right_EAB.shape[-1])
+        for expert, rows in self._filled():
+            torch.mm(left_RA[rows], right_EAB[expert], out=out_RB[rows])
+        return out_RB
+
+    def outer(self, left_RA: Tensor, right_RB: Tensor) -> Tensor:
+        """leftᵀ·right over each expert's rows (E, A, B): the gradient of its matrix."""
+        if self.padded:
+            return torch.bmm(self._by_expert(left_RA).transpose(1, 2), self._by_expert(right_RB))
+        out_EAB = left_RA.new_zeros(len(self.counts), left_RA.shape[-1], right_RB.shape[-1])
+        for expert, rows in self._filled():
+            torch.mm(left_RA[rows].T, right_RB[rows], out=out_EAB[expert])
+        return out_EAB
+
+    def _by_expert(self, rows_RA: Tensor) -> Tensor:
+        return rows_RA.view(len(self.counts), -1, rows_RA.shape[-1])
+
+    def _filled(self) -> list[tuple[int, slice]]:
+        found, end = [], 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                found.append((expert, slice(end, end + count)))
+            end += count
+        return found
+
+
+def _pads(counts: list[int], dtype: torch.dtype) -> bool:
+    """Whether one padded batch is faster than a call per expert, as measured on a CPU (docs/log.md, 2026-11-23).
+
+    A call costs about as much as 32 rows of arithmetic, in bfloat16 128; padding pays where it adds fewer rows.
+    """
+    rows, experts = sum(counts), len(counts)
+    if 2 * counts.count(0) > experts:  # the weights of most are not needed at all
+        return False
+    added = max(counts) * experts - rows
+    return added <= min((128 if dtype == torch.bfloat16 else 32) * experts, 7 * rows)
+
+
 class _RoutedExperts(torch.autograd.Function):
-    # Rows sorted by expert once, then plain matmuls into preallocated buffers: at small sizes the time goes to
-    # launching operations, not to arithmetic. The weight is applied before `down` (Ling 2.0 §5.3.3), so the experts'
-    # outputs need not be kept for the backward pass.
+    # The weight is applied before `down` (Ling 2.0 §5.3.3), so the experts' outputs need not be kept for the backward
+    # pass.
     @staticmethod
     def forward(
         ctx: Any,
@@ -36,72 +126,27 @@ class _RoutedExperts(torch.autograd.Function):
         gate_up_E2FD: Tensor,
         down_EDF: Tensor,
     ) -> Tensor:
-        top_k = indices_TK.shape[1]
-        order_N = indices_TK.flatten().argsort(stable=True)
-        place_N = torch.empty_like(order_N)
-        place_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-        token_N = order_N // top_k
-        counts = counts_E.tolist()
-        weights_N1 = weights_TK.flatten()[order_N].to(x_TD.dtype).unsqueeze(-1)
-
-        x_ND = x_TD.index_select(0, token_N)
-        gate_up_N2F = x_TD.new_empty(len(order_N), gate_up_E2FD.shape[1])
-        y_ND = torch.empty_like(x_ND)
-        for x, out, weight in zip(x_ND.split(counts), gate_up_N2F.split(counts), gate_up_E2FD, strict=True):
-            torch.mm(x, weight.T, out=out)
-        hidden_NF = swiglu_forward(gate_up_N2F)
-        for hidden, out, weight in zip(
-            (hidden_NF * weights_N1).split(counts), y_ND.split(counts), down_EDF, strict=True
-        ):
-            torch.mm(hidden, weight.T, out=out)
-        ctx.counts, ctx.weights_dtype = counts, weights_TK.dtype
-        ctx.save_for_backward(x_ND, gate_up_N2F, hidden_NF, weights_N1, token_N, place_N, gate_up_E2FD, down_EDF)
-        return _sum_rows(y_ND, place_N, top_k)
+        rows = Rows.of(indices_TK, counts_E, x_TD.dtype)
+        weights_R1 = rows.spread(weights_TK.flatten().to(x_TD.dtype))
+        x_RD = rows.gather(x_TD)
+        gate_up_R2F = rows.matmul(x_RD, gate_up_E2FD.transpose(1, 2))
+        hidden_RF = swiglu_forward(gate_up_R2F)
+        y_RD = rows.matmul(hidden_RF * weights_R1, down_EDF.transpose(1, 2))
+        ctx.layout, ctx.weights_dtype = (rows.counts, rows.top_k, rows.padded), weights_TK.dtype
+        indices = (rows.place_N, rows.token_R)
+        ctx.save_for_backward(x_RD, gate_up_R2F, hidden_RF, weights_R1, gate_up_E2FD, down_EDF, *indices)
+        return rows.sum(y_RD)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, Tensor, None, Tensor, Tensor]:
-        x_ND, gate_up_N2F, hidden_NF, weights_N1, token_N, place_N, gate_up_E2FD, down_EDF = ctx.saved_tensors
-        counts = ctx.counts
-        top_k = len(token_N) // len(grad_TD)
-        grad_ND = grad_TD.index_select(0, token_N)
-        grad_down_EDF = torch.empty_like(down_EDF)
-        grad_hidden_NF = torch.empty_like(hidden_NF)
-        for grad, hidden, weight, out, grad_weight in zip(
-            grad_ND.split(counts),
-            (hidden_NF * weights_N1).split(counts),
-            down_EDF,
-            grad_hidden_NF.split(counts),
-            grad_down_EDF,
-            strict=True,
-        ):
-            torch.mm(grad, weight, out=out)
-            torch.mm(grad.T, hidden, out=grad_weight)
-        grad_weights_N = torch.linalg.vecdot(grad_hidden_NF, hidden_NF)
-        grad_gate_up_N2F = swiglu_backward(gate_up_N2F, grad_hidden_NF.mul_(weights_N1))
-        grad_gate_up_E2FD = torch.empty_like(gate_up_E2FD)
-        grad_x_ND = torch.empty_like(x_ND)
-        for grad, x, weight, out, grad_weight in zip(
-            grad_gate_up_N2F.split(counts),
-            x_ND.split(counts),
-            gate_up_E2FD,
-            grad_x_ND.split(counts),
-            grad_gate_up_E2FD,
-            strict=True,
-        ):
-            torch.mm(grad, weight, out=out)
-            torch.mm(grad.T, x, out=grad_weight)
-        grad_x_TD = _sum_rows(grad_x_ND, place_N, top_k)
-        grad_weights_TK = grad_weights_N[place_N].unflatten(0, (-1, top_k)).to(ctx.weights_dtype)
+        x_RD, gate_up_R2F, hidden_RF, weights_R1, gate_up_E2FD, down_EDF, *indices = ctx.saved_tensors
+        rows = Rows(*ctx.layout, *indices)
+        grad_RD = rows.gather(grad_TD)
+        grad_hidden_RF = rows.matmul(grad_RD, down_EDF)
+        grad_down_EDF = rows.outer(grad_RD, hidden_RF * weights_R1)
+        grad_weights_R = torch.linalg.vecdot(grad_hidden_RF, hidden_RF)
+        grad_gate_up_R2F = swiglu_backward(gate_up_R2F, grad_hidden_RF.mul_(weights_R1))
+        grad_gate_up_E2FD = rows.outer(grad_gate_up_R2F, x_RD)
+        grad_x_TD = rows.sum(rows.matmul(grad_gate_up_R2F, gate_up_E2FD))
+        grad_weights_TK = grad_weights_R[rows.place_N].unflatten(0, (-1, rows.top_k)).to(ctx.weights_dtype)
         return grad_x_TD, None, grad_weights_TK, None, grad_gate_up_E2FD, grad_down_EDF
-
-
-def _sum_rows(rows_ND: Tensor, place_N: Tensor, top_k: int) -> Tensor:
-    """Sum of the K rows of each token; `place_N` holds where each (token, choice) lies in the sorted rows."""
-    if rows_ND.dtype == torch.float32 and rows_ND.device.type == "cpu":
-        return functional.embedding_bag(place_N.unflatten(0, (-1, top_k)), rows_ND, mode="sum")  # one pass, fixed order
-    return (
-        rows_ND[place_N]
-        .unflatten(0, (-1, top_k))
-        .sum(1, dtype=torch.promote_types(rows_ND.dtype, torch.float32))
-        .to(rows_ND.dtype)
-    )

@@ -3,6 +3,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn import functional
 
+from ling_flow.kernels import experts as module
 from ling_flow.kernels.experts import routed_experts
 from ling_flow.kernels.router import choose_experts, expert_weights
 
@@ -42,8 +43,12 @@ def naive_experts(x, indices, weights, gate_up, down):  # type: ignore[no-untype
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_routed_experts_equal_a_loop_over_tokens(dtype: torch.dtype) -> None:
+def test_routed_experts_equal_a_loop_over_tokens(
+    dtype: torch.dtype, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_pads", lambda counts, dtype: padded)
     generator = torch.Generator().manual_seed(0)
     tokens, hidden, experts, width, top_k = 7, 4, 5, 3, 2
 
@@ -76,3 +81,11 @@ def test_routed_experts_equal_a_loop_over_tokens(dtype: torch.dtype) -> None:
         torch.testing.assert_close(mine, theirs)
     if dtype == torch.float64:
         assert gradcheck(ours, leaves)
+
+
+def test_rows_are_padded_where_that_adds_less_than_the_calls_cost() -> None:
+    assert module._pads([10] * 16, torch.float32)
+    assert not module._pads([1000] + [10] * 15, torch.float32)  # a skewed router must not multiply the work
+    assert not module._pads([1] * 4 + [0] * 12, torch.float32)  # a few tokens touch few experts
+    assert not module._pads([200] * 15 + [260], torch.float32)
+    assert module._pads([200] * 15 + [260], torch.bfloat16)
