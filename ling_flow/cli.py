@@ -234,6 +234,20 @@ def lineage(model_uri: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--fp8", is_flag=True, help="Projections in blockwise FP8. [default: all in the type of config.json]")
+def convert(source: Path, destination: Path, fp8: bool) -> None:
+    """Write the checkpoint SOURCE (a Hugging Face directory) in another form to DESTINATION, tensor by tensor."""
+    from ling_flow.model.hf import convert_checkpoint
+
+    if destination.exists() and any(destination.iterdir()):
+        raise UserError(f"{destination}: is not empty; give a new directory")
+    convert_checkpoint(source, destination, fp8)
+    click.echo(f"wrote {destination}", err=True)
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def doctor(as_json: bool) -> None:
     """Examine this machine: can it run the lifecycle?"""

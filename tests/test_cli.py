@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,3 +114,19 @@ def test_doctor_fails_where_the_home_cannot_be_written(call: Call, tmp_path: Pat
     done = call("--home", str(tmp_path / "file" / "home"), "doctor", "--json")
     assert done.code == 3
     assert {check["name"] for check in done.json["checks"] if check["status"] == "failed"} == {"home"}
+
+
+def test_convert_writes_fp8_and_refuses_a_full_directory(call: Call, tmp_path: Path) -> None:
+    from ling_flow.model.hf import load_pretrained, save_pretrained
+    from ling_flow.model.presets import tiny
+    from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+
+    model = BailingMoeV2ForCausalLM(tiny())
+    model.init_weights(0)
+    plain, fp8 = tmp_path / "plain", tmp_path / "fp8"
+    save_pretrained(model, plain)
+    assert call("convert", str(plain), str(fp8), "--fp8").code == 0
+    assert json.loads((fp8 / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    load_pretrained(fp8)
+    again = call("convert", str(plain), str(fp8))
+    assert (again.code, again.err.strip()) == (2, f"error: {fp8}: is not empty; give a new directory")

@@ -90,9 +90,8 @@ def test_the_bias_keeps_every_expert_within_a_quarter_of_even_for_2000_steps() -
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with_bias, without = loads_of_a_run(1e-2, 2000, 100), loads_of_a_run(0.0, 2000, 100)
+        with_bias, without = loads_of_a_run(1e-2, 2000, 100), loads_of_a_run(0.0, 300, 100)
     finally:
         torch.set_num_threads(threads)
-    print("bias on, off:", with_bias[1:].max(), without[1:].max(), with_bias.amax(1), without.amax(1))
     assert with_bias[1:].max() < 1.25  # the first hundred steps are what the bias has to find
-    assert without[1:].max() > 1.25
+    assert without[1:].min() > 1.25
