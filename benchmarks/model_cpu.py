@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import time
@@ -22,13 +21,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "300")  # before torch: as the pipeline's own steps run
-
 import torch
 from torch import Tensor
 
 from ling_flow.generation.engine import generate
-from ling_flow.kernels.experts import routed_experts
+from ling_flow.kernels.experts import Rows, routed_experts
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 
@@ -130,15 +127,14 @@ def expert_gemms(sizes: Mapping[str, int], dtype: str, rounds: int) -> dict[str,
         up, out = sides["in"] @ dense_up, sides["hidden"] @ dense_down
         _ = up @ dense_up.T, sides["in"].T @ up, out @ dense_down.T, sides["hidden"].T @ out
 
-    split = {name: side.split(counts.tolist()) for name, side in sides.items()}
+    layout = Rows.of(indices, counts, kind)
+    x_RD, hidden_RF, mid_R2F = (random(len(layout.token_R), side.shape[1]) for side in sides.values())
     gate_up_, down_ = gate_up.detach(), down.detach()
 
     def alone() -> None:
-        for x, hidden, mid, first, second in zip(
-            split["in"], split["hidden"], split["mid"], gate_up_, down_, strict=True
-        ):
-            _ = torch.mm(x, first.T), torch.mm(hidden, second.T)
-            _ = torch.mm(mid, first), torch.mm(mid.T, x), torch.mm(x, second), torch.mm(x.T, hidden)
+        _ = layout.matmul(x_RD, gate_up_.transpose(1, 2)), layout.matmul(hidden_RF, down_.transpose(1, 2))
+        _ = layout.matmul(mid_R2F, gate_up_), layout.outer(mid_R2F, x_RD)
+        _ = layout.matmul(x_RD, down_), layout.outer(x_RD, hidden_RF)
 
     seconds = in_turn({"dense": dense, "gemms": alone, "whole": whole}, rounds)
     flops = 3 * 2 * rows * 3 * sizes["I"] * sizes["D"]

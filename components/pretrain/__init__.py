@@ -10,7 +10,7 @@ from components.contracts import check_same_tokenizer
 from ling_flow.config import StrictModel, context_field
 from ling_flow.errors import UserError
 from ling_flow.flow.component import Dataset, Input, Metrics, Model, Output, Resources, Step, component
-from ling_flow.model.config import ModelConfig
+from ling_flow.model.config import ModelConfig, RouterLoss
 from ling_flow.scaling.law import Recommendation, ScalingLaw
 from ling_flow.training.settings import CheckpointIndex, OptimizerSettings, StageSettings
 
@@ -38,6 +38,7 @@ class PretrainConfig(StrictModel):
     expert_bias_update_rate: float = Field(
         1e-3, ge=0, description="change of an expert's bias per step; Ling 2.0 goes to 1e-4 when the context grows"
     )
+    router_loss: RouterLoss = Field(RouterLoss(), description="optional losses on the routers; Ling 2.0 has none")
     checkpoints_saved: int = Field(8, gt=0, description="checkpoints written, evenly spaced, the last at the end")
     checkpoints_kept: int = Field(8, gt=0, description="newest checkpoints kept, for the merge")
     validation_tokens: int = Field(16384, gt=0, description="validation tokens, per source")
@@ -45,6 +46,11 @@ class PretrainConfig(StrictModel):
         16384, gt=0, description="tokens per forward pass, which bounds memory; larger batches accumulate gradients"
     )
     seed: int = Field(0, ge=0, description="seed of initial weights and data order")
+    recompute: bool = context_field(
+        False,
+        why="computing activations a second time gives the same bits",
+        description="keep only each layer's input in training and compute the rest again: less memory, more time",
+    )
     threads: int | None = context_field(
         None,
         why="how many cores a machine lends does not change the method; bits are equal for equal numbers of threads",
@@ -129,6 +135,7 @@ def pretrain(
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         log=step.log,
     )
+    run.model.recompute = config.recompute
     tokens_before = run.state.tokens - run.state.sequences * settings.sequence_length
     batches = Batches(
         opened,
@@ -221,6 +228,7 @@ def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> St
         ),
         warmup_steps=config.warmup_steps,
         expert_bias_update_rate=config.expert_bias_update_rate,
+        router_loss=config.router_loss,
         checkpoints_saved=config.checkpoints_saved,
         checkpoints_kept=config.checkpoints_kept,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ling_flow.errors import SystemFault
+from ling_flow.model.config import RouterLoss
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -64,6 +65,7 @@ def train(
     first_batch_step: int = 0,
     gradient_clip: float = 1.0,
     expert_bias_update_rate: float = 1e-3,
+    router_loss: RouterLoss | None = None,
     sequences_per_forward: int | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     save: Callable[[int], None] | None = None,
@@ -77,6 +79,7 @@ def train(
         steps: the step to stop before, counted like `start_step` from the start of the run (not of the call).
         schedule: step → learning rate.
         first_batch_step: the step that draws batch 0 (where a stage began).
+        router_loss: losses on the routers beside that of the tokens; None: none.
         sequences_per_forward: split each batch into forward passes of that many sequences; None: one pass.
         on_step: called after every step.
         save: called with the number of steps done, every `save_every` steps counted back from the end, included.
@@ -95,7 +98,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.zero_grad(set_to_none=True)
-        loss, cross_entropy, mtp_cross_entropy = _accumulate(model, tokens_BS1, sequences_per_forward)
+        loss, cross_entropy, mtp_cross_entropy = _accumulate(model, tokens_BS1, sequences_per_forward, router_loss)
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip)
         skipped = not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm))
         if skipped:
@@ -128,13 +131,16 @@ def train(
 
 
 def _accumulate(
-    model: BailingMoeV2ForCausalLM, tokens_BS1: Tensor, sequences_per_forward: int | None
+    model: BailingMoeV2ForCausalLM,
+    tokens_BS1: Tensor,
+    sequences_per_forward: int | None,
+    router_loss: RouterLoss | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward over the batch in parts; returns the batch's mean loss, cross-entropy and MTP cross-entropy."""
     totals = [torch.zeros((), device=tokens_BS1.device) for _ in range(3)]
     for part in tokens_BS1.split(sequences_per_forward or tokens_BS1.shape[0]):
         share = part.shape[0] / tokens_BS1.shape[0]  # rows have equal lengths, so their means weigh by rows
-        output = model.loss(part)
+        output = model.loss(part, router_loss=router_loss)
         (output.loss * share).backward()
         for total, value in zip(totals, output[:3], strict=True):
             total += value.detach() * share

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ling_flow.config import StrictModel, parse
 from ling_flow.errors import UserError
+from ling_flow.model.config import RouterLoss
 
 INDEX_FILE = "checkpoints.json"
 
@@ -42,6 +43,7 @@ class StageSettings(StrictModel):
     optimizer: OptimizerSettings = Field(description="AdamW")
     warmup_steps: int = Field(ge=0, description="steps of linear warm-up at the very start of the run")
     expert_bias_update_rate: float = Field(ge=0, description="change of an expert's bias per step")
+    router_loss: RouterLoss = Field(RouterLoss(), description="optional losses on the routers")
     checkpoints_saved: int = Field(gt=0, description="checkpoints written, evenly spaced, the last at the end")
     checkpoints_kept: int = Field(gt=0, description="newest checkpoints kept for merging")
 

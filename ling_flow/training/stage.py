@@ -126,6 +126,7 @@ def run_stage(
         first_batch_step=run.state.stage_start,
         gradient_clip=settings.optimizer.gradient_clip,
         expert_bias_update_rate=settings.expert_bias_update_rate,
+        router_loss=settings.router_loss,
         sequences_per_forward=settings.sequences_per_forward,
         on_step=count,
         save=save,

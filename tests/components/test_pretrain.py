@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,8 +178,21 @@ def test_bad_budgets_sources_and_vocabularies_are_refused_before_training(root, 
         stage_model(PretrainConfig(**config(model=micro_model(vocab_size=270).model_dump())), 280, 279, 0)
 
 
-def test_threads_do_not_bear_identity():
-    assert "threads" not in identity_of(PretrainConfig(**config()))
+def test_threads_and_recomputation_do_not_bear_identity():
+    assert not {"threads", "recompute"} & identity_of(PretrainConfig(**config())).keys()
+
+
+def test_recomputation_changes_no_bit(short, inputs, tmp_path):
+    elsewhere = {}
+    for name, reference in inputs.items():
+        ref = Ref.parse(reference)
+        shutil.copytree(Path(reference).parent, tmp_path / ref.component / ref.fingerprint)
+        elsewhere[name] = str(tmp_path / ref.component / ref.fingerprint / ref.output)
+    again = pretrain(config(recompute=True), root=tmp_path, **elsewhere)
+    assert not again.cached
+    assert again.fingerprint == short.fingerprint
+    files = [Path(run.outputs["checkpoints"]) / "step-00000006" / "model.safetensors" for run in (short, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import torch
 
 from ling_flow.data.batches import Batches
 from ling_flow.errors import SystemFault
+from ling_flow.model.config import RouterLoss
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.training.loop import MAX_SKIPPED_IN_A_ROW, train
 from ling_flow.training.optimizer import build_optimizer, warmup_then_constant
@@ -94,6 +95,14 @@ def test_expert_bias_moves_with_zero_mean_and_counts_start_again(corpus):
         assert gate.expert_counts.sum() == 0
     still, _ = run(corpus, steps=3, expert_bias_update_rate=0.0)
     assert all(not gate.expert_bias.any() for gate in still.gates())
+
+
+def test_router_losses_are_part_of_the_loss_and_of_the_update(corpus):
+    plain, _ = run(corpus, steps=1)
+    model, reports = run(corpus, steps=1, router_loss=RouterLoss(balance=0.5))
+    tokens_loss = reports[0].cross_entropy + 0.1 * reports[0].mtp_cross_entropy
+    assert reports[0].loss > tokens_loss + 0.5 * 0.9 * len(model.gates())  # 1 per router where the load is even
+    assert not torch.equal(model.gates()[0].weight, plain.gates()[0].weight)
 
 
 def test_accumulated_batch_equals_whole_batch(corpus):
