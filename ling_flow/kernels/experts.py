@@ -66,8 +66,8 @@ class Rows:
     def sum(self, rows_RD: Tensor) -> Tensor:
         """Sum of the K rows of each token (T, D)."""
         place_TK = self.place_N.unflatten(0, (-1, self.top_k))
-        if rows_RD.dtype == torch.float32 and rows_RD.device.type == "cpu":
-            return functional.embedding_bag(place_TK, rows_RD, mode="sum")  # one pass, fixed order
+        if rows_RD.device.type == "cpu" and rows_RD.dtype in (torch.float32, torch.bfloat16):
+            return functional.embedding_bag(place_TK, rows_RD, mode="sum")  # one pass, fixed order, float32 sums
         wide = torch.promote_types(rows_RD.dtype, torch.float32)
         return rows_RD[place_TK].sum(1, dtype=wide).to(rows_RD.dtype)
 
