@@ -25,6 +25,7 @@ def counted(model: BailingMoeV2ForCausalLM, rows: torch.Tensor, part: str) -> in
     )
 
 
+@pytest.mark.usefixtures("unpadded_experts")
 def test_every_part_is_what_pytorch_counts() -> None:
     config = ModelConfig.model_validate({**tiny().model_dump(), "first_k_dense_replace": 2})
     model = BailingMoeV2ForCausalLM(config)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ling_flow.errors import UserError
-from ling_flow.kernels import experts, linear_cross_entropy
+from ling_flow.kernels import linear_cross_entropy
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.family import FAMILY, tensor_counts
 from ling_flow.model.hf import published_tensors
@@ -92,10 +92,8 @@ def kept_bytes(model: BailingMoeV2ForCausalLM, rows: Tensor) -> int:
         {"num_key_value_heads": 2, "num_shared_experts": 2, "moe_intermediate_size": 32},
     ],
 )
-def test_activations_are_what_autograd_keeps(
-    precision: str, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(experts, "_pads", lambda counts, dtype: False)  # rows of padding are not in the formula
+@pytest.mark.usefixtures("unpadded_experts")
+def test_activations_are_what_autograd_keeps(precision: str, changes: dict[str, int]) -> None:
     config = changed(**changes, torch_dtype=precision)
     layout = Layout.model_validate({"precision": precision, "micro_batch": 8})
     length, applications = 128, 1 + config.num_nextn_predict_layers

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ling_flow.errors import UserError
-from ling_flow.kernels import experts
 from ling_flow.model.config import ModelConfig, RouterLoss, Yarn
 from ling_flow.model.flops import training_flops_per_token
 from ling_flow.model.hf import published_tensors
@@ -337,8 +336,8 @@ def test_casting_to_bfloat16_keeps_the_expert_bias_exact() -> None:
     )
 
 
-def test_flops_are_those_counted_in_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "_pads", lambda counts, dtype: False)  # rows of padding would be counted as well
+@pytest.mark.usefixtures("unpadded_experts")
+def test_flops_are_those_counted_in_a_forward_pass() -> None:
     model = make_model(num_nextn_predict_layers=0)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
