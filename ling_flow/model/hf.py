@@ -137,8 +137,9 @@ class _Checkpoint:
 
     def __init__(self, directory: Path, dtype: torch.dtype | None) -> None:
         self.raw_config = _raw_config(directory)
+        config = read_config(directory)  # a wrong config is told before a missing weight
         self.stored = stored_tensors(directory)
-        self.config = self._config(str(directory / CONFIG), dtype)
+        self.config = self._as_stored(config, str(directory / CONFIG), dtype)
         with torch.device("meta"):
             self.meta_model = BailingMoeV2ForCausalLM(self.config)
         self.specs = {name: TensorSpec.of(tensor) for name, tensor in published_tensors(self.meta_model).items()}
@@ -150,8 +151,8 @@ class _Checkpoint:
         if any(problems):
             raise UserError(f"{directory}: does not match its config.json: {'; '.join(filter(None, problems))}")
 
-    def _config(self, where: str, dtype: torch.dtype | None) -> ModelConfig:
-        config = ModelConfig.from_hf(self.raw_config, where)
+    def _as_stored(self, config: ModelConfig, where: str, dtype: torch.dtype | None) -> ModelConfig:
+        """The config with the type that is asked for and the MTP layers that the weights have."""
         changes: dict[str, Any] = {} if dtype is None else {"torch_dtype": str(dtype).removeprefix("torch.")}
         matches = (re.match(r"model\.layers\.(\d+)\.", name) for name in self.stored)
         present = {int(match[1]) for match in matches if match}
