@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ling_flow import __version__
-from ling_flow.errors import LingFlowError, UserError
+from ling_flow.errors import LingFlowError, SystemFault, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -241,9 +241,12 @@ def convert(source: Path, destination: Path, fp8: bool) -> None:
     """Write the checkpoint SOURCE (a Hugging Face directory) in another form to DESTINATION, tensor by tensor."""
     from ling_flow.model.hf import convert_checkpoint
 
-    if destination.exists() and any(destination.iterdir()):
-        raise UserError(f"{destination}: is not empty; give a new directory")
-    convert_checkpoint(source, destination, fp8)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination}: is not an empty directory; give a new one")
+    try:
+        convert_checkpoint(source, destination, fp8)
+    except OSError as error:  # a full disk, no permission; nothing half-written stays
+        raise SystemFault(f"{destination}: {error.strerror or error}") from None
     click.echo(f"wrote {destination}", err=True)
 
 

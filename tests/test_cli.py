@@ -129,4 +129,15 @@ def test_convert_writes_fp8_and_refuses_a_full_directory(call: Call, tmp_path: P
     assert json.loads((fp8 / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
     load_pretrained(fp8)
     again = call("convert", str(plain), str(fp8))
-    assert (again.code, again.err.strip()) == (2, f"error: {fp8}: is not empty; give a new directory")
+    assert (again.code, again.err.strip()) == (2, f"error: {fp8}: is not an empty directory; give a new one")
+    file = tmp_path / "file"
+    file.write_text("")
+    assert (
+        call("convert", str(plain), str(file)).err.strip()
+        == f"error: {file}: is not an empty directory; give a new one"
+    )
+    below = call("convert", str(plain), str(file / "below"))
+    assert (below.code, below.err.strip()) == (3, f"error: {file / 'below'}: Not a directory")
+    gone = call("convert", str(tmp_path / "gone"), str(tmp_path / "new"))
+    assert (gone.code, (tmp_path / "new").exists()) == (2, False)
+    assert "gone" in gone.err

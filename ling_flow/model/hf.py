@@ -137,9 +137,10 @@ class _Checkpoint:
 
     def __init__(self, directory: Path, dtype: torch.dtype | None) -> None:
         self.raw_config = _raw_config(directory)
-        config = read_config(directory)  # a wrong config is told before a missing weight
+        where = str(directory / CONFIG)
+        config = ModelConfig.from_hf(self.raw_config, where)  # a wrong config is told before a missing weight
         self.stored = stored_tensors(directory)
-        self.config = self._as_stored(config, str(directory / CONFIG), dtype)
+        self.config = self._as_stored(config, where, dtype)
         with torch.device("meta"):
             self.meta_model = BailingMoeV2ForCausalLM(self.config)
         self.specs = {name: TensorSpec.of(tensor) for name, tensor in published_tensors(self.meta_model).items()}

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from components.pretrain import PretrainConfig, pretrain, stage_model
 from ling_flow.config import identity_of, parse
 from ling_flow.errors import UserError
 from ling_flow.flow.artifact import Ref
+from ling_flow.model import transformer
 from ling_flow.model.hf import load_pretrained
 from ling_flow.training.settings import CheckpointIndex
 from tests.components.pretraining import config, make_inputs
@@ -182,13 +184,21 @@ def test_threads_and_recomputation_do_not_bear_identity():
     assert not {"threads", "recompute"} & identity_of(PretrainConfig(**config())).keys()
 
 
-def test_recomputation_changes_no_bit(short, inputs, tmp_path):
+def test_recomputation_changes_no_bit(short, inputs, tmp_path, monkeypatch):
+    recomputed = []
+
+    def watched(function, *arguments, **options):
+        recomputed.append(function)
+        return checkpoint(function, *arguments, **options)
+
+    monkeypatch.setattr(transformer, "checkpoint", watched)
     elsewhere = {}
     for name, reference in inputs.items():
         ref = Ref.parse(reference)
         shutil.copytree(Path(reference).parent, tmp_path / ref.component / ref.fingerprint)
         elsewhere[name] = str(tmp_path / ref.component / ref.fingerprint / ref.output)
     again = pretrain(config(recompute=True), root=tmp_path, **elsewhere)
+    assert recomputed
     assert not again.cached
     assert again.fingerprint == short.fingerprint
     files = [Path(run.outputs["checkpoints"]) / "step-00000006" / "model.safetensors" for run in (short, again)]
