@@ -32,6 +32,29 @@ def test_bias_moves_the_choice_but_not_the_weights() -> None:
     torch.testing.assert_close(expert_weights(scores, indices, 2.5), torch.tensor([[0.25, 2.25]]))
 
 
+@pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize("bias_scale", [1.0, 1e4])
+def test_weights_of_tied_scores_never_hold_the_bias(n_group: int, topk_group: int, bias_scale: float) -> None:
+    """Scores of four values only, under biases that are far larger and tied too."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, experts, top_k, scaling = 200, 16, 4, 2.5
+    scores = torch.tensor([1e-6, 0.25, 0.5, 1.0])[torch.randint(4, (tokens, experts), generator=generator)]
+    scores[0] = 0.5  # nothing but ties
+    bias = torch.tensor([-1.0, 0.0, 1.0])[torch.randint(3, (experts,), generator=generator)] * bias_scale
+    indices = choose_experts(scores, bias, top_k, n_group, topk_group)
+    weights = expert_weights(scores, indices, scaling)
+
+    assert weights[0].tolist() == [scaling / top_k] * top_k
+    biased = (scores + bias).tolist()
+    for t, (chosen, given) in enumerate(zip(indices.tolist(), weights.tolist(), strict=True)):
+        assert len(set(chosen)) == top_k
+        if n_group == 1:  # which of equals is taken is open, their values are not
+            assert [biased[t][e] for e in chosen] == sorted(biased[t], reverse=True)[:top_k]
+        total = sum(float(scores[t, e]) for e in chosen)
+        assert given == pytest.approx([scaling * float(scores[t, e]) / total for e in chosen], rel=1e-6)
+        assert sum(given) == pytest.approx(scaling, rel=1e-6)
+
+
 def naive_experts(x, indices, weights, gate_up, down):  # type: ignore[no-untyped-def]
     rows = []
     for t, chosen in enumerate(indices.tolist()):
