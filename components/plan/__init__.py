@@ -20,6 +20,7 @@ from components.pretrain import PretrainConfig
 from components.register import RegisterConfig
 from components.wind_tunnel import WindTunnelConfig
 from ling_flow.config import StrictModel, canonical_json, identity_of, merge, parse
+from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.errors import UserError
 from ling_flow.flow.component import Resources, component
 
@@ -58,7 +59,8 @@ def resolve_lifecycle(config: PlanConfig) -> LifecycleConfig:
     """The preset with the overrides laid over it, validated whole.
 
     Raises:
-        UserError: an unknown preset, or an override that does not fit; the line names phase and field.
+        UserError: an unknown preset, or an override that does not fit; the line names phase and field. A given
+            tokenizer that cannot be read, or models that have fewer token ids than the tokenizer.
     """
     from components.plan.presets import PRESETS
 
@@ -71,7 +73,23 @@ def resolve_lifecycle(config: PlanConfig) -> LifecycleConfig:
     if not isinstance(overrides, dict):
         raise UserError(f"overrides: must be a JSON object by phase, got {config.overrides[:60]!r}")
     base = PRESETS[config.preset](config.seed).model_dump(mode="json")
-    return parse(LifecycleConfig, merge(base, overrides), "")
+    resolved = parse(LifecycleConfig, merge(base, overrides), "")
+    _check_vocabulary(resolved)
+    return resolved
+
+
+def _check_vocabulary(config: LifecycleConfig) -> None:
+    data = config.prepare_data
+    size, origin = data.vocab_size, "prepare_data.vocab_size"
+    if data.tokenizer is not None:
+        size, origin = Tokenizer.load(data.tokenizer).vocab_size, f"token ids of {data.tokenizer}"
+    small = [
+        f"{phase}.model.vocab_size"
+        for phase in LifecycleConfig.model_fields
+        if (model := getattr(getattr(config, phase), "model", None)) is not None and model.vocab_size < size
+    ]
+    if small:
+        raise UserError(f"{', '.join(small)}: must be at least {size} ({origin})")
 
 
 def _resolved(config: PlanConfig) -> PlanConfig:

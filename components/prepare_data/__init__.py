@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
 
 from components.problems import TASKS
-from ling_flow.config import StrictModel
+from ling_flow.config import StrictModel, context_field
 from ling_flow.data.documents import pin
 from ling_flow.data.sources import ReasoningSource, Source, StdlibSource
+from ling_flow.data.tokenizer import Tokenizer, tokenizer_digest
+from ling_flow.errors import UserError
 from ling_flow.flow.component import Dataset, Output, Resources, Step, component
 
 
@@ -29,7 +33,17 @@ class PrepareDataConfig(StrictModel):
     sources: list[Source] = Field(
         default_factory=default_sources, min_length=1, description="where documents come from"
     )
-    vocab_size: int = Field(1024, ge=265, description="token ids to learn, special tokens included")
+    tokenizer: str | None = context_field(
+        None,
+        why="the content bears identity, through tokenizer_digest; where it lies does not",
+        description="directory (or fsspec URL) with the tokenizer.json to use, as published; null: train one",
+    )
+    tokenizer_digest: str | None = Field(
+        None, description="SHA-256 of that tokenizer.json; filled in before the step runs, and held to when given"
+    )
+    vocab_size: int = Field(
+        1024, ge=265, description="token ids to learn, special tokens included; not used with a given tokenizer"
+    )
     validation_share: float = Field(
         0.03, gt=0, le=0.5, description="share of the documents kept for validation, 0 to 0.5"
     )
@@ -45,6 +59,12 @@ class PrepareDataConfig(StrictModel):
             raise ValueError(f"two sources are named '{twice}'; names must differ")
         return sources
 
+    @model_validator(mode="after")
+    def _digest_of_something(self) -> Self:
+        if self.tokenizer_digest is not None and self.tokenizer is None:
+            raise ValueError("tokenizer_digest: needs tokenizer, which says where the tokenizer.json lies")
+        return self
+
 
 class PrepareDataResult(StrictModel):
     """What the corpus holds."""
@@ -59,12 +79,18 @@ class PrepareDataResult(StrictModel):
 
 
 def _pinned(config: PrepareDataConfig) -> PrepareDataConfig:
-    return config.model_copy(update={"sources": [pin(source) for source in config.sources]})
+    pinned = {"sources": [pin(source) for source in config.sources]}
+    if config.tokenizer is None:
+        return config.model_copy(update=pinned)
+    digest = tokenizer_digest(config.tokenizer)
+    if config.tokenizer_digest not in (None, digest):
+        raise UserError(f"tokenizer_digest: content is {digest!r}, not {config.tokenizer_digest!r} as given")
+    return config.model_copy(update={**pinned, "tokenizer_digest": digest})
 
 
 @component(version=1, resources=Resources(cpus=2, memory_gib=4), resolve=_pinned)
 def prepare_data(config: PrepareDataConfig, corpus: Output[Dataset], step: Step) -> PrepareDataResult:
-    """Read the sources, train the tokenizer, and write deduplicated token shards."""
+    """Read the sources, train a tokenizer or take the given one, and write deduplicated token shards."""
     from ling_flow.data.corpus import build_corpus
 
     built = build_corpus(
@@ -74,6 +100,7 @@ def prepare_data(config: PrepareDataConfig, corpus: Output[Dataset], step: Step)
         validation_share=config.validation_share,
         tokenizer_characters=config.tokenizer_characters,
         seed=config.seed,
+        tokenizer=None if config.tokenizer is None else Tokenizer.load(config.tokenizer),
         progress=step.progress,
     )
     statistics = built.statistics

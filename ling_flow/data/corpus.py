@@ -194,12 +194,13 @@ def build_corpus(
     validation_share: float,
     tokenizer_characters: int,
     seed: int,
+    tokenizer: Tokenizer | None = None,
     progress: Progress = lambda done, total, text: None,
 ) -> Corpus:
     """Read `sources`, learn a tokenizer from a sample of all of them, and write the corpus directory `path`.
 
     `path` must not exist or be empty; it appears whole or not at all. `tokenizer_characters` is the size of the
-    sample in all; `progress(done, total, text)` is told about every source.
+    sample in all; with a `tokenizer`, none is learnt. `progress(done, total, text)` is told about every source.
 
     Raises:
         UserError: a source cannot be read, or has too few documents to split.
@@ -211,10 +212,11 @@ def build_corpus(
     shutil.rmtree(working, ignore_errors=True)
     try:
         total = len(sources) + 1
-        progress(0, total, "training the tokenizer")
-        per_source = tokenizer_characters // len(sources)
-        sample = (text for source in sources for text in _sample(source, seed, per_source, validation_share))
-        tokenizer = train_tokenizer(sample, vocab_size)
+        if tokenizer is None:
+            progress(0, total, "training the tokenizer")
+            per_source = tokenizer_characters // len(sources)
+            sample = (text for source in sources for text in _sample(source, seed, per_source, validation_share))
+            tokenizer = train_tokenizer(sample, vocab_size)
         tokenizer.save(working / "tokenizer")
         writer = _Writer(working, tokenizer, validation_share, seed)
         for done, source in enumerate(sources, start=1):

@@ -7,6 +7,7 @@ encoded text.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -56,10 +57,10 @@ class Tokenizer:
         self.role_end_id = self.token_id(ROLE_END)
         self.stop_ids = frozenset({self.eos_id, self.role_end_id})
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of token ids, special ones included."""
-        return int(self._full.get_vocab_size(with_added_tokens=True))
+        """Number of token ids, special ones included: one more than the highest, as ids may be left out."""
+        return 1 + max(self._full.get_vocab(with_added_tokens=True).values())
 
     @property
     def digest(self) -> str:
@@ -134,21 +135,47 @@ class Tokenizer:
         _write_json(directory / "generation_config.json", generation)
 
     @classmethod
-    def load(cls, directory: Path) -> Tokenizer:
-        """Read a tokenizer directory, ours or the published one. Of its files only `tokenizer.json` counts.
+    def load(cls, path: Path | str) -> Tokenizer:
+        """Read a tokenizer, ours or the published one: its directory, of whose files only `tokenizer.json` counts, or
+        that file, or the fsspec URL of either.
 
         Raises:
             UserError: `tokenizer.json` is missing, damaged, or lacks the tokens of the chat format.
         """
-        path = Path(directory) / "tokenizer.json"
+        file = _json_file(path)
+        content = _read(file)
         try:
-            return cls(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; expected a tokenizer directory") from None
+            return cls(content.decode())
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{file}: {error}") from None
         except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-            raise UserError(f"{path}: not a tokenizer file ({' '.join(str(error).split())})") from None
+            raise UserError(f"{file}: not a tokenizer file ({' '.join(str(error).split())})") from None
+
+
+def tokenizer_digest(path: Path | str) -> str:
+    """`Tokenizer.digest` of the tokenizer at `path`, which is read but not parsed.
+
+    Raises:
+        UserError: there is no `tokenizer.json`.
+    """
+    return hashlib.sha256(_read(_json_file(path))).hexdigest()
+
+
+def _json_file(path: Path | str) -> str:
+    text = str(path)
+    return text if text.endswith(".json") else f"{text.rstrip('/')}/tokenizer.json"
+
+
+def _read(file: str) -> bytes:
+    import fsspec
+
+    try:
+        with fsspec.open(file, "rb") as stream:
+            return bytes(stream.read())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; expected a tokenizer directory or its tokenizer.json") from None
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

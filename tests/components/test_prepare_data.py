@@ -1,18 +1,25 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from components.plan import PlanConfig, resolve_lifecycle
 from components.prepare_data import PrepareDataConfig, prepare_data
+from components.pretrain import stage_model
 from ling_flow.config import parse
 from ling_flow.data.chat import chat_template_digest
 from ling_flow.data.corpus import Corpus
 from ling_flow.data.reasoning import TaskSpec
 from ling_flow.data.sources import FilesSource, ReasoningSource, StdlibSource
+from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.errors import UserError
+from tests.conftest import Called
+from tests.data import published
 
 SUMS = [TaskSpec(name="chain_sum", difficulties=(1, 2))]
 
@@ -72,11 +79,85 @@ def test_changed_content_is_prepared_again_and_moved_content_is_not(tmp_path: Pa
         ({"vocab_size": 100}, "vocab_size: "),
         ({"validation_share": 0}, "validation_share: "),
         ({"vocabulary_size": 1000}, "did you mean 'vocab_size'"),
+        ({"tokenizer_digest": "0" * 64}, "tokenizer_digest: needs tokenizer"),
     ],
 )
 def test_bad_configs_are_refused(data: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         parse(PrepareDataConfig, data, "prepare_data")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for the published tokenizer directory."""
+    directory = tmp_path_factory.mktemp("published")
+    published.write_published(directory, ["47 + 38 = 85\n", "detailed thinking on off HUMAN ASSISTANT SYSTEM"] * 20)
+    return directory
+
+
+def test_a_given_tokenizer_gives_the_corpus_its_ids(given: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ["one", "two", "three"])
+    outcome = prepare_data(small(path, tokenizer=str(given)), root=tmp_path / "root")
+    assert outcome.result.vocab_size == 157153
+    corpus = Corpus.open(outcome.outputs["corpus"])
+    expected = Tokenizer.load(given)
+    assert corpus.tokenizer.digest == outcome.manifest.outputs["corpus"].contract["tokenizer"] == expected.digest
+
+    tokens, ends = corpus.tokens("chat"), corpus.document_offsets("chat")[1:] - 1
+    assert set(tokens[ends]) == {published.END_OF_TEXT}
+    texts = [corpus.tokenizer.decode(part[:-1]) for part in np.split(tokens, ends + 1)[:-1]]
+    for mark in ("<role>", "</role>", "<|role_end|>"):
+        assert (tokens == expected.token_id(mark)).sum() == sum(text.count(mark) for text in texts) >= 50
+    assert max(corpus.tokens("mine")) == published.END_OF_TEXT  # beside ordinary ids
+
+    saved = outcome.outputs["corpus"] / "tokenizer"
+    assert json.loads((saved / "generation_config.json").read_text()) == published.GENERATION
+    assert json.loads((saved / "special_tokens_map.json").read_text()) == published.NAMES
+    stage = resolve_lifecycle(enough_ids(given)).pretrain_short
+    model = stage_model(stage, corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id, context_before=0)
+    assert (model.vocab_size, model.eos_token_id, model.pad_token_id) == (157184, 156892, 156892)
+
+
+def test_the_content_of_a_given_tokenizer_bears_identity(given: Path, tmp_path: Path) -> None:
+    root, path = tmp_path / "root", write(tmp_path / "a.jsonl", ["one", "two", "three"])
+    trained = prepare_data(small(path), root=root)
+    first = prepare_data(small(path, tokenizer=str(given)), root=root)
+    assert not first.cached and first.fingerprint != trained.fingerprint
+    alone = tmp_path / "moved" / "tokenizer.json"
+    alone.parent.mkdir()
+    alone.write_bytes((given / "tokenizer.json").read_bytes())
+    for moved in (alone, alone.parent, f"file://{alone.parent}/"):
+        assert prepare_data(small(path, tokenizer=str(moved)), root=root).cached
+    digest = Tokenizer.load(given).digest
+    assert prepare_data(small(path, tokenizer=str(given), tokenizer_digest=digest), root=root).cached
+    alone.write_text(alone.read_text().replace("unused 500", "used 500"))
+    assert not prepare_data(small(path, tokenizer=str(alone)), root=root).cached
+    with pytest.raises(UserError, match=f"tokenizer_digest: content is '[0-9a-f]{{64}}', not '{digest}' as given"):
+        prepare_data(small(path, tokenizer=str(alone), tokenizer_digest=digest), root=root)
+    alone.unlink()
+    with pytest.raises(UserError, match=r"moved/tokenizer\.json: no such file; expected a tokenizer directory"):
+        prepare_data(small(path, tokenizer=str(alone.parent)), root=root)
+
+
+MODELS = ("wind_tunnel", "fit_scaling_laws", "pretrain_short", "pretrain_mid", "pretrain_long")
+
+
+def enough_ids(tokenizer: Path) -> PlanConfig:
+    overrides: dict[str, Any] = {name: {"model": {"vocab_size": 157184}} for name in MODELS}
+    return PlanConfig(overrides=json.dumps({"prepare_data": {"tokenizer": str(tokenizer)}, **overrides}))
+
+
+def test_models_with_fewer_ids_than_the_tokenizer_are_refused_by_the_plan(
+    given: Path, call: Callable[..., Called]
+) -> None:
+    overrides = ["--set", f"prepare_data.tokenizer={given}", "--set", "pretrain_mid.model.vocab_size=157153"]
+    done = call("run", *overrides)
+    assert done.code == 2
+    small_ones = ", ".join(f"{name}.model.vocab_size" for name in MODELS if name != "pretrain_mid")
+    assert f"{small_ones}: must be at least 157153 (token ids of {given})\n" in done.err
+    done = call("plan", "--set", "prepare_data.vocab_size=1025")
+    assert done.code == 2 and "must be at least 1025 (prepare_data.vocab_size)\n" in done.err
+    assert resolve_lifecycle(enough_ids(given)).prepare_data.tokenizer == str(given)
 
 
 def test_missing_file_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -106,6 +106,14 @@ def test_ids_of_the_published_tokenizer(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path / "again").digest == given.digest
 
 
+def test_ids_may_be_left_out(tokenizer: Tokenizer) -> None:
+    content = json.loads(tokenizer._json)
+    for token in content["added_tokens"]:
+        token["id"] += 100
+        content["model"]["vocab"][token["content"]] = token["id"]
+    assert Tokenizer(json.dumps(content)).vocab_size == tokenizer.vocab_size + 100
+
+
 def test_damaged_files_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
         Tokenizer.load(tmp_path)
