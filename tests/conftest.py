@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # Test processes share few cores with servers and subprocesses; spinning threads would cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 
 REPOSITORY = Path(__file__).parents[1]
-OURS = ("LING_FLOW_", "MLFLOW_", "RAY_ADDRESS")
+OURS = ("LING_FLOW_", "MLFLOW_", "RAY_ADDRESS", "TRITON_")
 
 
 @dataclass(frozen=True)
