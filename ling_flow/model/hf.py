@@ -116,7 +116,7 @@ def save_pretrained(
         raise UserError(f"{tokenizer_dir}: no such directory; expected the tokenizer's files")
     tensors = published_tensors(model)
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    _write(directory, model.config.to_hf(), tokenizer_dir, specs, tensors.items(), shard_bytes, fp8)
+    write_checkpoint(directory, model.config.to_hf(), tokenizer_dir, specs, tensors.items(), shard_bytes, fp8)
 
 
 def convert_checkpoint(source: Path, destination: Path, fp8: bool, shard_bytes: int = SHARD_BYTES) -> None:
@@ -129,7 +129,7 @@ def convert_checkpoint(source: Path, destination: Path, fp8: bool, shard_bytes: 
     checkpoint = _Checkpoint(source, None)
     config = {**checkpoint.raw_config, "num_nextn_predict_layers": checkpoint.config.num_nextn_predict_layers}
     config.pop("quantization_config", None)
-    _write(destination, config, source, checkpoint.specs, checkpoint.tensors(), shard_bytes, fp8)
+    write_checkpoint(destination, config, source, checkpoint.specs, checkpoint.tensors(), shard_bytes, fp8)
 
 
 class _Checkpoint:
@@ -218,15 +218,22 @@ def _raw_config(directory: Path) -> dict[str, Any]:
     return data
 
 
-def _write(
+def write_checkpoint(
     directory: Path,
     config: dict[str, Any],
     others: Path | None,
     specs: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, Tensor]],
-    shard_bytes: int,
-    fp8: bool,
+    shard_bytes: int = SHARD_BYTES,
+    fp8: bool = False,
 ) -> None:
+    """Write a checkpoint whose tensors come one by one in the order of `specs`; config.json is put in place last.
+
+    Args:
+        config: content of config.json.
+        others: directory whose other files (tokenizer, generation_config.json) are copied.
+        fp8: quantise the projections to the blockwise FP8 form.
+    """
     if fp8:
         config = {**config, "quantization_config": quantization_config(config["num_nextn_predict_layers"])}
         specs, tensors = quantized_specs(specs), quantized_stream(tensors)

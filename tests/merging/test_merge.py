@@ -2,26 +2,29 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ling_flow.errors import UserError
 from ling_flow.merging.merge import merge_checkpoints
+from ling_flow.model.checkpoint_files import SHARD_BYTES, TensorSpec, write_weights
 
 SHAPES = {"model.norm.weight": (4,), "lm_head.weight": (6, 4), "model.layers.1.mlp.gate.expert_bias": (3,), "scale": ()}
 
 
-def make_checkpoint(path, seed, dtype=torch.bfloat16, changes=None, config=None):
-    """A small two-shard checkpoint with bfloat16 weights and a float32 expert_bias."""
+def write(path, tensors, shard_bytes=SHARD_BYTES):
+    write_weights(path, {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}, tensors.items(), shard_bytes)
+
+
+def make_checkpoint(path, seed, dtype=torch.bfloat16, changes=None, config=None, shard_bytes=50):
+    """A small checkpoint, bfloat16 but for its float32 expert_bias; by default in two shards."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
     bias = "model.layers.1.mlp.gate.expert_bias"
     tensors[bias] = tensors[bias].float()
     tensors.update(changes or {})
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    tensors = {name: tensors[name] for name in sorted(tensors) if tensors[name] is not None}
     path.mkdir()
-    names = sorted(tensors)
-    save_file({n: tensors[n] for n in names[:2]}, path / "model-00001-of-00002.safetensors", {"format": "pt"})
-    save_file({n: tensors[n] for n in names[2:]}, path / "model-00002-of-00002.safetensors", {"format": "pt"})
+    write(path, tensors, shard_bytes)
     (path / "config.json").write_text(json.dumps({"hidden_size": 4, **(config or {})}))
     (path / "tokenizer.json").write_text("{}")
     (path / "training_state").mkdir()
@@ -54,22 +57,18 @@ def test_merge_is_the_weighted_mean_in_float32_rounded_once(tmp_path):
 
 
 def test_merge_of_one_checkpoint_is_that_checkpoint(tmp_path):
-    path = make_checkpoint(tmp_path / "step-0", seed=0)
+    path = make_checkpoint(tmp_path / "step-0", seed=0, shard_bytes=SHARD_BYTES)
     merge_checkpoints([path], [1.0], tmp_path / "merged")
-    for shard in path.glob("*.safetensors"):
-        assert (tmp_path / "merged" / shard.name).read_bytes() == shard.read_bytes()
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
 def test_shards_may_be_cut_differently(tmp_path):
-    first, second = (make_checkpoint(tmp_path / f"step-{i}", seed=i) for i in range(2))
-    whole = load(first)
-    for file in first.glob("*.safetensors"):
-        file.unlink()
-    save_file(whole, first / "model.safetensors")
+    first, second = (make_checkpoint(tmp_path / f"step-{i}", i, shard_bytes=size) for i, size in enumerate((1, 50)))
+    assert [len(list(path.glob("*.safetensors"))) for path in (first, second)] == [4, 2]
     merge_checkpoints([first, second], [0.5, 0.5], tmp_path / "merged")
-    merged, other = load(tmp_path / "merged"), load(second)
+    merged, one, other = load(tmp_path / "merged"), load(first), load(second)
     for name in SHAPES:
-        expected = (whole[name].float() + other[name].float()) / 2
+        expected = (one[name].float() + other[name].float()) / 2
         assert torch.equal(merged[name], expected.to(merged[name].dtype))
 
 
@@ -78,12 +77,15 @@ def test_shards_may_be_cut_differently(tmp_path):
     [
         (
             {"changes": {"model.norm.weight": torch.zeros(5).bfloat16()}},
-            r"step-b.*model.norm.weight has shape \[5\].*\[4\]",
+            r"step-b: tensor model.norm.weight is bfloat16\[5\], but bfloat16\[4\] in step-a",
         ),
         ({"changes": {"lm_head.weight": None}}, "step-b: tensor lm_head.weight is missing"),
         ({"changes": {"extra": torch.zeros(1)}}, "step-a: tensor extra is missing, but step-b has it"),
-        ({"changes": {"scale": torch.zeros(())}}, "step-b: tensor scale has dtype F32"),
-        ({"changes": {"scale": torch.zeros((), dtype=torch.int64)}}, "step-b.*tensor scale is I64"),
+        ({"changes": {"scale": torch.zeros(())}}, r"step-b: tensor scale is float32\[\], but bfloat16\[\] in step-a"),
+        (
+            {"changes": {"scale": torch.zeros((), dtype=torch.float64)}},
+            "step-b.*scale is float64.*only float32, float16, b",
+        ),
         ({"config": {"hidden_size": 8}}, "step-b.*hidden_size = 8"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Reading, writing and converting a checkpoint of some 270 MB, in a process that watches its own peak."""
+"""Reading, writing, converting and merging a checkpoint of some 270 MB, in a process that watches its own peak."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ling_flow.merging.merge import merge_checkpoints
 from ling_flow.model.checkpoint_files import TensorSpec, write_weights
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.hf import convert_checkpoint, load_pretrained, published_tensors, save_pretrained
@@ -49,6 +50,7 @@ def all_of_it(root: Path, experts: int) -> dict[str, float]:
     figures["written"] = peak()
     convert_checkpoint(root / "plain", root / "fp8", fp8=True)
     convert_checkpoint(root / "fp8", root / "back", fp8=False)
+    merge_checkpoints([root / "plain", root / "back"], [0.5, 0.5], root / "merged")
     figures["converted"] = peak()
     model = load_pretrained(root / "fp8")
     figures["model"] = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
