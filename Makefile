@@ -13,6 +13,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps nemo-automodel
+	# The oldest supported Triton, for tests that compile with it.
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton-oldest triton==3.6.0
 	touch $@
 
 lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for sm_90 at the published models' shapes, without a GPU; print what came out.
 
-    LING_FLOW_TRITON=compile python -m tests.kernels.aot [NAME ...]      # one JSON object per compiled kernel
+    LING_FLOW_TRITON=compile python -m tests.kernels.aot [PART-OF-NAME ...]  # one JSON object per compiled kernel
 
 The launchers run as they are, on meta tensors: what they would launch is compiled and not run. Must run in a process
 without TRITON_INTERPRET.
@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.aot_cases import CASES
+from tests.kernels.aot_cases import all_cases
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -72,20 +72,23 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or list(CASES)
-    for name in wanted:
+    wanted = sys.argv[1:]
+    for case in all_cases():
+        if wanted and not any(part in case.name for part in wanted):
+            continue
         with compiled() as kernels:
-            CASES[name]()
+            case.launch()
         for kernel in {id(kernel): kernel for kernel in kernels}.values():
             print(
                 json.dumps(
                     {
-                        "case": name,
+                        "case": case.name,
                         "kernel": kernel.metadata.name,
                         "triton": triton.__version__,
                         "shared": kernel.metadata.shared,
                         "warps": kernel.metadata.num_warps,
                         "wgmma": "wgmma" in kernel.asm["ptx"],
+                        "wgmma_wanted": case.wgmma,
                         **resources(kernel.asm["cubin"]),
                     }
                 ),

@@ -1,0 +1,46 @@
+"""Every kernel compiled for sm_90 at the published models' shapes, on the oldest and the newest supported Triton."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory a block may have on sm_90
+OLDEST = REPOSITORY / ".venv" / "triton-oldest"  # `make setup` puts it there
+
+
+def compile_all(triton: Path | None) -> list[dict[str, object]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["LING_FLOW_TRITON"] = "compile"
+    if triton is not None:
+        environment["PYTHONPATH"] = str(triton)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot"],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("which", ["oldest", "newest"])
+def test_every_kernel_compiles_for_hopper(which: str) -> None:
+    if which == "oldest" and not OLDEST.is_dir():
+        pytest.skip(f"{OLDEST} is missing: run `make setup`")
+    found = compile_all(OLDEST if which == "oldest" else None)
+    assert len(found) > 10
+    if which == "oldest":
+        assert {kernel["triton"] for kernel in found} == {"3.6.0"}
+    for kernel in found:
+        assert kernel["stack"] == 0, f"spills: {kernel}"
+        assert int(str(kernel["shared"])) <= SHARED_LIMIT, f"shared memory: {kernel}"
+    wanted = {kernel["case"] for kernel in found if kernel["wgmma_wanted"]}
+    assert {kernel["case"] for kernel in found if kernel["wgmma"]} >= wanted
