@@ -10,10 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ling_flow.kernels import fp8
+from ling_flow.kernels.fp8 import Quantized
+
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x²) + eps) · weight` over the last dimension."""
     return _RMSNorm.apply(x_ND, weight_D, eps)
+
+
+def rms_norm_quantize(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Quantized]:
+    """`rms_norm` (with its gradient), and the same in FP8 by rows (1×128; without one).
+
+    Leading dimensions of x count as rows: values (N, D), scales (ceil(D/128), N).
+    """
+    y_ND = rms_norm(x_ND, weight_D, eps)
+    return y_ND, fp8.quantize_rows(y_ND.detach().reshape(-1, y_ND.shape[-1]))
 
 
 class _RMSNorm(torch.autograd.Function):
