@@ -57,7 +57,9 @@ def build_app(chat: ChatModel, model_name: str, fingerprint: str) -> FastAPI:
     def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = "unknown or unsupported field" if first["type"] == "extra_forbidden" else first["msg"]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "unknown or unsupported field"
         return _error(400, f"{field}: {message}" if field else message, field or None, None)
 
     return app

@@ -16,10 +16,12 @@ from ling_flow.model.hf import load_pretrained
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.serving.protocol import ChatRequest
 from ling_flow.serving.text import Piece, ReasoningSplitter, TextStream
+from ling_flow.serving.tools import Call, split_calls
 
 
 class Completion:
-    """One answer while it is written. Iterate over it once for its pieces; the counts are final afterwards."""
+    """One answer while it is written. Iterate over it once for its pieces and calls of tools; the counts and the finish
+    reason are final afterwards."""
 
     def __init__(
         self, model: BailingMoeV2ForCausalLM, tokenizer: Tokenizer, request: ChatRequest, prompt: list[int], length: int
@@ -33,8 +35,18 @@ class Completion:
         self._tokens = stream(model, prompt, length, request.temperature, tokenizer.stop_ids, seed, request.top_p)
         self._stop_ids = tokenizer.stop_ids
         self._text = TextStream(tokenizer.decode, request.stop)
+        self._may_call = bool(request.offered_tools)
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Piece | Call]:
+        parts = split_calls(self._pieces()) if self._may_call else self._pieces()
+        called = False
+        for part in parts:
+            called = called or isinstance(part, Call)
+            yield part
+        if called and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+
+    def _pieces(self) -> Iterator[Piece]:
         splitter = ReasoningSplitter()
         for token in self._tokens:
             self.completion_tokens += 1
@@ -84,7 +96,7 @@ class ChatModel:
         messages, thinking = request.conversation()
         if not messages:
             raise UserError("messages: hold nothing but the thinking switch; add a user message")
-        prompt = encode_prompt(self._tokenizer, messages, thinking)
+        prompt = encode_prompt(self._tokenizer, messages, thinking, request.offered_tools)
         room = self.context_length - len(prompt)
         if room < 1:
             raise UserError(
@@ -103,9 +115,16 @@ class ChatModel:
 def answer(completion: Completion, model_name: str) -> dict[str, Any]:
     """The whole answer as a `chat.completion` object."""
     texts: dict[str, str] = {}
-    for channel, text in completion:
-        texts[channel] = texts.get(channel, "") + text
-    message = {"role": "assistant", "content": "", **texts}
+    calls = []
+    for part in completion:
+        if isinstance(part, Call):
+            calls.append(part.to_openai())
+        else:
+            channel, text = part
+            texts[channel] = texts.get(channel, "") + text
+    message: dict[str, Any] = {"role": "assistant", "content": None if calls else "", **texts}
+    if calls:
+        message["tool_calls"] = calls
     return {
         **_head(completion, model_name, "chat.completion"),
         "choices": [{"index": 0, "message": message, "finish_reason": completion.finish_reason, "logprobs": None}],
@@ -117,12 +136,18 @@ def chunks(completion: Completion, model_name: str, include_usage: bool) -> Iter
     """The answer as `chat.completion.chunk` objects; joined they hold what `answer` returns."""
     head = _head(completion, model_name, "chat.completion.chunk")
 
-    def chunk(delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
+    def chunk(delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
         return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}]}
 
     yield chunk({"role": "assistant", "content": ""}, None)
-    for channel, text in completion:
-        yield chunk({channel: text}, None)
+    calls = 0
+    for part in completion:
+        if isinstance(part, Call):
+            yield chunk({"tool_calls": [{"index": calls, **part.to_openai()}]}, None)
+            calls += 1
+        else:
+            channel, text = part
+            yield chunk({channel: text}, None)
     yield chunk({}, completion.finish_reason)
     if include_usage:
         yield {**head, "choices": [], "usage": completion.usage}

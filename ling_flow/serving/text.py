@@ -40,7 +40,7 @@ class TextStream:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 
@@ -76,7 +76,7 @@ class ReasoningSplitter:
         if self._state == "reasoning":
             before, closed, after = self._held.partition(THINK_CLOSE)
             self._held = before
-            pieces += self._send("reasoning_content", 0 if closed else _overlap(before, THINK_CLOSE))
+            pieces += self._send("reasoning_content", 0 if closed else overlap(before, THINK_CLOSE))
             if closed:
                 self._state, self._held, self._begun = "answer", after, False
         if self._state == "answer":
@@ -102,6 +102,6 @@ class ReasoningSplitter:
         return [(channel, text)]
 
 
-def _overlap(text: str, mark: str) -> int:
+def overlap(text: str, mark: str) -> int:
     """Length of the longest end of `text` that is a proper beginning of `mark`."""
     return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0)

@@ -1,25 +1,20 @@
 """The HTTP API over a real socket; see conftest.py for the model."""
 
 import json
-import socket
 import threading
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import uvicorn
 
 from ling_flow.data.chat import encode_prompt
 from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.generation.engine import generate
 from ling_flow.model.hf import load_pretrained
-from ling_flow.serving.app import build_app
 from ling_flow.serving.chat import ChatModel
+from tests.serving.client import post, serving
 
 QUESTION = [{"role": "user", "content": "What is 3 + 4?"}]
 UNKNOWN = [{"role": "user", "content": "on off"}]
@@ -28,28 +23,8 @@ ANSWER, REASONING = "The answer is 7.", "3 + 4\n= 7"
 
 @pytest.fixture(scope="module")
 def url(checkpoint: Path) -> Iterator[str]:
-    torch.set_num_threads(1)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        app = build_app(ChatModel.load(checkpoint), "micro", "f00d")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
-
-
-def post(url: str, body: Any) -> tuple[int, str]:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(f"{url}/v1/chat/completions", data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    with serving(ChatModel.load(checkpoint)) as url:
+        yield url
 
 
 def ask(url: str, **fields: Any) -> dict[str, Any]:
