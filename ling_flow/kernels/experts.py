@@ -16,6 +16,11 @@ from torch.nn import functional
 from ling_flow.kernels.swiglu import swiglu_backward, swiglu_forward
 
 
+# bfloat16 products are compiled per shape by the CPU library, which costs milliseconds and is remembered for some
+# thousand shapes: rows of an expert come in multiples of this.
+BFLOAT16_STEP = 32
+
+
 def routed_experts(
     x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
@@ -27,14 +32,13 @@ def routed_experts(
 class Rows:
     """Where each (token, choice) pair lies among the rows, sorted by expert.
 
-    Padded, every expert has as many rows as the fullest, and each product is one batched call; else rows lie densely
-    and each expert that has any is a call of its own. A row of padding reads token 0 and has weight 0, which makes it
-    add nothing to the output and nothing to any gradient.
+    A row of padding reads token 0 and has weight 0, which makes it add nothing to the output and nothing to any
+    gradient.
     """
 
-    counts: list[int]  # rows of each expert, padding aside
+    sizes: list[int]  # rows of each expert, padding included
     top_k: int
-    padded: bool
+    batched: bool  # all sizes are equal, and each product is one batched call; else a call per expert
     place_N: Tensor  # of each pair, its row; N = T·K
     token_R: Tensor  # of each row, its token
 
@@ -42,18 +46,24 @@ class Rows:
     def of(indices_TK: Tensor, counts_E: Tensor, dtype: torch.dtype) -> Rows:
         """The rows of what the router chose."""
         counts, top_k = counts_E.tolist(), indices_TK.shape[1]
+        batched = _pads(counts, dtype)
+        if batched:
+            sizes = [max(counts)] * len(counts)
+        elif dtype == torch.bfloat16:
+            sizes = [-(-count // BFLOAT16_STEP) * BFLOAT16_STEP for count in counts]
+        else:
+            sizes = counts
         order_N = indices_TK.flatten().argsort(stable=True)
         row_N = torch.arange(order_N.numel(), device=order_N.device)
-        padded = _pads(counts, dtype)
-        if not padded:
+        if sizes == counts:
             place_N = torch.empty_like(order_N).index_copy_(0, order_N, row_N)
-            return Rows(counts, top_k, padded, place_N, order_N // top_k)
-        most = max(counts)
-        shift_E = torch.arange(len(counts), device=order_N.device) * most - (counts_E.cumsum(0) - counts_E)
+            return Rows(sizes, top_k, batched, place_N, order_N // top_k)
+        sizes_E = torch.tensor(sizes, device=order_N.device)
+        shift_E = (sizes_E - counts_E).cumsum(0) - (sizes_E - counts_E)
         row_N = row_N + shift_E.repeat_interleave(counts_E, output_size=order_N.numel())
         place_N = torch.empty_like(order_N).index_copy_(0, order_N, row_N)
-        token_R = order_N.new_zeros(most * len(counts)).index_copy_(0, row_N, order_N // top_k)
-        return Rows(counts, top_k, padded, place_N, token_R)
+        token_R = order_N.new_zeros(sum(sizes)).index_copy_(0, row_N, order_N // top_k)
+        return Rows(sizes, top_k, batched, place_N, token_R)
 
     def spread(self, values_N: Tensor) -> Tensor:
         """Values of the pairs → of the rows (R, 1), 0 in padding."""
@@ -73,7 +83,7 @@ class Rows:
 
     def matmul(self, left_RA: Tensor, right_EAB: Tensor) -> Tensor:
         """Each expert's rows times its matrix (R, B)."""
-        if self.padded:
+        if self.batched:
             return torch.bmm(self._by_expert(left_RA), right_EAB).flatten(0, 1)
         out_RB = left_RA.new_empty(len(self.token_R), right_EAB.shape[-1])
         for expert, rows in self._filled():
@@ -82,22 +92,22 @@ class Rows:
 
     def outer(self, left_RA: Tensor, right_RB: Tensor) -> Tensor:
         """leftᵀ·right over each expert's rows (E, A, B): the gradient of its matrix."""
-        if self.padded:
+        if self.batched:
             return torch.bmm(self._by_expert(left_RA).transpose(1, 2), self._by_expert(right_RB))
-        out_EAB = left_RA.new_zeros(len(self.counts), left_RA.shape[-1], right_RB.shape[-1])
+        out_EAB = left_RA.new_zeros(len(self.sizes), left_RA.shape[-1], right_RB.shape[-1])
         for expert, rows in self._filled():
             torch.mm(left_RA[rows].T, right_RB[rows], out=out_EAB[expert])
         return out_EAB
 
     def _by_expert(self, rows_RA: Tensor) -> Tensor:
-        return rows_RA.view(len(self.counts), -1, rows_RA.shape[-1])
+        return rows_RA.view(len(self.sizes), -1, rows_RA.shape[-1])
 
     def _filled(self) -> list[tuple[int, slice]]:
         found, end = [], 0
-        for expert, count in enumerate(self.counts):
-            if count:
-                found.append((expert, slice(end, end + count)))
-            end += count
+        for expert, size in enumerate(self.sizes):
+            if size:
+                found.append((expert, slice(end, end + size)))
+            end += size
         return found
 
 
@@ -132,7 +142,7 @@ class _RoutedExperts(torch.autograd.Function):
         gate_up_R2F = rows.matmul(x_RD, gate_up_E2FD.transpose(1, 2))
         hidden_RF = swiglu_forward(gate_up_R2F)
         y_RD = rows.matmul(hidden_RF * weights_R1, down_EDF.transpose(1, 2))
-        ctx.layout, ctx.weights_dtype = (rows.counts, rows.top_k, rows.padded), weights_TK.dtype
+        ctx.layout, ctx.weights_dtype = (rows.sizes, rows.top_k, rows.batched), weights_TK.dtype
         indices = (rows.place_N, rows.token_R)
         ctx.save_for_backward(x_RD, gate_up_R2F, hidden_RF, weights_R1, gate_up_E2FD, down_EDF, *indices)
         return rows.sum(y_RD)

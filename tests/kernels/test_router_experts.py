@@ -112,3 +112,28 @@ def test_rows_are_padded_where_that_adds_less_than_the_calls_cost() -> None:
     assert not module._pads([1] * 4 + [0] * 12, torch.float32)  # a few tokens touch few experts
     assert not module._pads([200] * 15 + [260], torch.float32)
     assert module._pads([200] * 15 + [260], torch.bfloat16)
+
+
+def test_bfloat16_rows_come_in_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_pads", lambda counts, dtype: False)
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.tensor([[0, 1]] * 33 + [[1, 3]] * 40)
+    counts = torch.bincount(indices.flatten(), minlength=5)
+    rows = module.Rows.of(indices, counts, torch.bfloat16)
+    assert rows.sizes == [64, 96, 0, 64, 0]
+    x = torch.randn(73, 16, generator=generator)
+    gate_up, down = torch.randn(5, 16, 16, generator=generator), torch.randn(5, 16, 8, generator=generator)
+    weights = torch.rand(73, 2, generator=generator)
+    leaves = [leaf.bfloat16().requires_grad_() for leaf in (x, weights, gate_up, down)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    found = routed_experts(leaves[0], indices, leaves[1], counts, leaves[2], leaves[3])
+    expected = naive_experts(wide[0], indices, wide[1], wide[2], wide[3])
+    upstream = torch.randn(73, 16, generator=generator).bfloat16()
+    pairs = [(found, expected)]
+    pairs += zip(
+        torch.autograd.grad(found, leaves, upstream),
+        torch.autograd.grad(expected, wide, upstream.double()),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        assert (mine.double() - theirs).norm() < 0.01 * theirs.norm()  # bfloat16 has 8 bits
