@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from ling_flow.kernels.swiglu import swiglu_backward, swiglu_forward
 
-
 # bfloat16 products are compiled per shape by the CPU library, which costs milliseconds and is remembered for some
 # thousand shapes: rows of an expert come in multiples of this.
 BFLOAT16_STEP = 32
