@@ -3,7 +3,15 @@
 The rows of an expert are contiguous and begin at a multiple of 16, so that a transposed FP8 operand can be read 16
 bytes at a time (Ling 2.0 §5.2 pads the routing map to 16 for the same reason). A row of padding belongs to no token.
 
-Shapes: T tokens, K chosen, E experts, R rows (padding included), M tiles of at most 128 rows of one expert.
+On CUDA it is a counting sort without a sort: blocks of tokens count their pairs per expert, the counts are added up
+over the blocks, and each pair's place is its expert's start + those of earlier blocks + those of earlier tokens of its
+own. Deterministic, and the host waits for nothing.
+
+Limits of the kernels: at most 2^31 pairs; they compare every pair with every expert, which is nothing beside the
+experts' products up to about 1,000 experts. A token's experts must be distinct, and `counts_E` theirs.
+
+Shapes: T tokens, K chosen, E experts, R rows (padding included), M tiles of at most 128 rows of one expert, N pairs,
+B blocks of tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ling_flow.kernels._triton import ceil_div, jit, next_power_of_2, tl
+
 ALIGN = 16  # rows of an expert begin at a multiple of this
 TILE = 128  # rows of a tile: of the matrix products, and of FP8 scales along the rows
+MASK = 8192  # (token, expert) pairs that a program of the map's kernels holds at a time: 64 a thread
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,15 @@ class RowMap:
     def rows(self) -> int:
         """R."""
         return len(self.pair_R)
+
+    def filled(self) -> list[tuple[int, slice]]:
+        """The experts that have rows, and those rows. Waits for the device: for definitions, not for kernels."""
+        spans = zip(self.starts_E.tolist(), self.counts_E.tolist(), strict=True)
+        return [(expert, slice(start, start + count)) for expert, (start, count) in enumerate(spans) if count]
+
+    def tokens(self, rows: slice) -> Tensor:
+        """The token of each of these rows, none of them padding."""
+        return self.pair_R[rows].long() // self.top_k
 
 
 def rows_bound(pairs: int, experts: int) -> int:
@@ -99,3 +119,117 @@ def dense_map(tokens: int, device: torch.device | str) -> RowMap:
     pair_R = torch.full((rows_bound(tokens, 1),), -1, dtype=torch.int32, device=device)
     pair_R[:tokens] = row_N
     return _with_tiles(counts_E, torch.zeros_like(counts_E), row_N.view(-1, 1), pair_R)
+
+
+# Dispatch
+
+
+def row_map(indices_TK: Tensor, counts_E: Tensor) -> RowMap:
+    """The index map of what a router chose: `counts_E[e]` pairs chose expert e, a token's experts are distinct."""
+    if indices_TK.is_cuda:
+        return row_map_triton(indices_TK, counts_E)
+    return row_map_reference(indices_TK, counts_E)
+
+
+# Triton
+
+
+def row_map_triton(indices_TK: Tensor, counts_E: Tensor) -> RowMap:
+    (tokens, top_k), experts, device = indices_TK.shape, len(counts_E), indices_TK.device
+    indices_TK, counts_E = indices_TK.contiguous(), counts_E.to(torch.int32)
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    tiles = tiles_bound(indices_TK.numel(), experts)
+    found = RowMap(
+        counts_E=counts_E,
+        starts_E=ints(experts),
+        tiles_E=ints(experts),
+        place_TK=ints(tokens, top_k),
+        pair_R=torch.full((rows_bound(tokens * top_k, experts),), -1, dtype=torch.int32, device=device),
+        tile_expert_M=ints(tiles),
+        tile_start_M=ints(tiles),
+        tile_rows_M=ints(tiles),
+    )
+    width = next_power_of_2(max(experts, 16))
+    step = max(MASK // width, 1)
+    _layout_kernel[(max(ceil_div(tiles, step), 1),)](
+        counts_E, found.starts_E, found.tiles_E, found.tile_expert_M, found.tile_start_M, found.tile_rows_M,
+        experts, tiles, E=width, BLOCK=step, ALIGN=ALIGN, TILE=TILE, num_warps=4,
+    )  # fmt: skip
+    if tokens:
+        blocks = ceil_div(tokens, step)
+        counts_BE = ints(blocks + 1, experts)
+        counts_BE[0] = 0
+        _count_kernel[(blocks,)](
+            indices_TK, counts_BE, tokens, experts, K=top_k, E=width, BLOCK=step, num_warps=4
+        )  # fmt: skip
+        earlier_BE = counts_BE.cumsum(0, dtype=torch.int32)
+        _place_kernel[(blocks,)](
+            indices_TK, earlier_BE, found.starts_E, found.place_TK, found.pair_R, tokens, experts,
+            K=top_k, E=width, BLOCK=step, num_warps=4,
+        )  # fmt: skip
+    return found
+
+
+@jit
+def _layout_kernel(  # type: ignore[no-untyped-def]
+    counts_E, starts_E, tiles_E, tile_expert_M, tile_start_M, tile_rows_M, experts, tiles,
+    E: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    e = tl.arange(0, E)
+    count = tl.load(counts_E + e, mask=e < experts, other=0)
+    padded, of_expert = (count + ALIGN - 1) // ALIGN * ALIGN, (count + TILE - 1) // TILE
+    ends = tl.cumsum(of_expert, 0)
+    if tl.program_id(0) == 0:
+        tl.store(starts_E + e, tl.cumsum(padded, 0) - padded, mask=e < experts)
+        tl.store(tiles_E + e, ends - of_expert, mask=e < experts)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    before = (ends[None, :] <= tile[:, None]) & (e < experts)[None, :]  # experts whose tiles are all before this one
+    expert = tl.sum(before.to(tl.int32), 1)
+    used = expert < experts
+    rows_before = (tile - tl.sum(tl.where(before, of_expert[None, :], 0), 1)) * TILE
+    start = tl.sum(tl.where(before, padded[None, :], 0), 1) + rows_before
+    left = tl.load(counts_E + expert, mask=used, other=0) - rows_before
+    tl.store(tile_expert_M + tile, tl.where(used, expert, -1), mask=tile < tiles)
+    tl.store(tile_start_M + tile, tl.where(used, start, 0), mask=tile < tiles)
+    tl.store(tile_rows_M + tile, tl.where(used, tl.minimum(left, TILE), 0), mask=tile < tiles)
+
+
+@jit
+def _chosen(indices, token, tokens, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 where a token chose an expert, int32 (BLOCK, E)."""
+    chosen = tl.zeros((BLOCK, E), dtype=tl.int32)
+    for k in tl.static_range(K):
+        index = tl.load(indices + token * K + k, mask=token < tokens, other=-1).to(tl.int32)
+        chosen += (index[:, None] == tl.arange(0, E)[None, :]).to(tl.int32)
+    return chosen
+
+
+@jit
+def _count_kernel(  # type: ignore[no-untyped-def]
+    indices, counts_BE, tokens, experts, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, E)
+    count = tl.sum(_chosen(indices, token, tokens, K, E, BLOCK), 0)
+    tl.store(counts_BE + (tl.program_id(0) + 1).to(tl.int64) * experts + e, count, mask=e < experts)
+
+
+@jit
+def _place_kernel(  # type: ignore[no-untyped-def]
+    indices, earlier_BE, starts_E, place, pair_R, tokens, experts,
+    K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, E)
+    earlier = tl.load(earlier_BE + tl.program_id(0).to(tl.int64) * experts + e, mask=e < experts, other=0)
+    first = tl.load(starts_E + e, mask=e < experts, other=0) + earlier
+    chosen = _chosen(indices, token, tokens, K, E, BLOCK)
+    row = first[None, :] + tl.cumsum(chosen, 0) - chosen
+    for k in tl.static_range(K):
+        index = tl.load(indices + token * K + k, mask=token < tokens, other=-1).to(tl.int32)
+        at = tl.sum(tl.where(index[:, None] == e[None, :], row, 0), 1)
+        tl.store(place + token * K + k, at, mask=token < tokens)
+        tl.store(pair_R + at, token * K + k, mask=token < tokens)
