@@ -104,7 +104,10 @@ def decode(
     padding = [longest - len(prompt) for prompt in different]
     ids_BS = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, different, strict=True)]).to(device)
     cache = KVCache(
-        model.config, torch.tensor(padding, device=device), longest + max_new_tokens - 1, model.lm_head.weight.dtype
+        model.config,
+        torch.tensor(padding, device=device),
+        longest + max_new_tokens - 1,
+        model.compute_dtype or model.lm_head.weight.dtype,
     )
     hidden_BD = model.hidden_states(ids_BS, cache)[:, -1]
     if len(different) < len(prompts):  # several samples of one prompt

@@ -58,19 +58,20 @@ def quantize_rows_reference(x_MN: Tensor) -> Quantized:
 
 
 def quantize_columns_reference(x_TN: Tensor, row_map: RowMap, gather: bool) -> Quantized:
-    columns = x_TN.shape[1]
-    values_RN = torch.zeros((row_map.rows, columns), dtype=STORED, device=x_TN.device)
-    scales_MN = torch.full(
-        (len(row_map.tile_rows_M), columns), LEAST / LARGEST, dtype=torch.float32, device=x_TN.device
-    )
-    tiles = zip(row_map.tile_start_M.tolist(), row_map.tile_rows_M.tolist(), strict=True)
-    for tile, (start, count) in enumerate(tiles):
-        if count:
-            rows = slice(start, start + count)
-            found_MN = x_TN[row_map.pair_R[rows].long() // row_map.top_k] if gather else x_TN[rows]
-            values_RN[rows], scales_1N = _quantize_tiles(found_MN.float(), (0,))
-            scales_MN[tile] = scales_1N[0]
-    return Quantized(values_RN.T.contiguous(), scales_MN)
+    row_MX, real_MX = _tile_rows(row_map)
+    source_MX = row_map.pair_R[row_MX].long() // row_map.top_k if gather else row_MX
+    tiles_MXN = torch.where(real_MX.unsqueeze(2), x_TN[source_MX.clamp(min=0)].float(), 0)
+    values_MXN, scales_M1N = _quantize_tiles(tiles_MXN, (1,))
+    values_RN = torch.zeros((row_map.rows, x_TN.shape[1]), dtype=STORED, device=x_TN.device)
+    values_RN[row_MX[real_MX]] = values_MXN[real_MX]
+    return Quantized(values_RN.T.contiguous(), scales_M1N.squeeze(1))
+
+
+def _tile_rows(row_map: RowMap) -> tuple[Tensor, Tensor]:
+    """The rows (M, 128) of each tile, and which of them are real."""
+    within_X = torch.arange(TILE, device=row_map.pair_R.device)
+    real_MX = within_X < row_map.tile_rows_M.unsqueeze(1)
+    return torch.where(real_MX, row_map.tile_start_M.unsqueeze(1) + within_X, 0), real_MX
 
 
 def quantize_blocks_reference(w_EMN: Tensor) -> Quantized:
@@ -94,13 +95,10 @@ def dequantize_rows(x_MN: Quantized) -> Tensor:
 
 def dequantize_columns(x_NR: Quantized, row_map: RowMap) -> Tensor:
     """float32 (R, N), zero in padding."""
-    wide_RN = torch.zeros((row_map.rows, x_NR.values.shape[0]), device=x_NR.values.device)
-    for tile, (start, count) in enumerate(
-        zip(row_map.tile_start_M.tolist(), row_map.tile_rows_M.tolist(), strict=True)
-    ):
-        rows = slice(start, start + count)
-        wide_RN[rows] = x_NR.values[:, rows].float().T * x_NR.scales[tile]
-    return wide_RN
+    row_MX, real_MX = _tile_rows(row_map)
+    scales_RN = x_NR.scales.new_zeros(row_map.rows, x_NR.values.shape[0])
+    scales_RN[row_MX[real_MX]] = x_NR.scales.unsqueeze(1).expand(-1, TILE, -1)[real_MX]
+    return x_NR.values.T.float() * scales_RN
 
 
 def dequantize_blocks(w_EMN: Quantized) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ling_flow.kernels.experts import routed_experts
+from ling_flow.kernels.fp8_layers import FP8Weight, fp8_linear, fp8_routed_experts
 from ling_flow.kernels.rms_norm import rms_norm
 from ling_flow.kernels.router import balance_loss, choose_experts, expert_weights, z_loss
 from ling_flow.kernels.swiglu import swiglu
@@ -22,13 +23,20 @@ from ling_flow.model.packing import Packing
 
 class Linear(nn.Linear):
     """Without bias, and without the default initialisation, which `init_weights` or a checkpoint would only
-    overwrite."""
+    overwrite. Computes in the input's type, or where `training.fp8` has set `fp8`, in FP8."""
+
+    fp8: FP8Weight | None = None
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not None:
+            return fp8_linear(x, self.weight, self.fp8)
+        return functional.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +46,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class MLP(nn.Module):
@@ -119,7 +127,12 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked; on disk each expert has its own three tensors."""
+    """The routed experts' weights, stacked; on disk each expert has its own three tensors.
+
+    Computes in the input's type, or where `training.fp8` has set `fp8` (of gate_up and of down), in FP8.
+    """
+
+    fp8: tuple[FP8Weight, FP8Weight] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -128,7 +141,12 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, counts_E: Tensor) -> Tensor:
-        return routed_experts(x_TD, indices_TK, weights_TK, counts_E, self.gate_up_proj, self.down_proj)
+        if self.fp8 is not None:
+            return fp8_routed_experts(
+                x_TD, indices_TK, weights_TK, counts_E, self.gate_up_proj, self.down_proj, *self.fp8
+            )
+        gate_up, down = self.gate_up_proj.to(x_TD.dtype), self.down_proj.to(x_TD.dtype)
+        return routed_experts(x_TD, indices_TK, weights_TK, counts_E, gate_up, down)
 
 
 class SparseMoE(nn.Module):

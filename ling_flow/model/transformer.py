@@ -93,6 +93,8 @@ class BailingMoeV2ForCausalLM(nn.Module):
     Attributes:
         recompute: keep only each layer's input in training, and compute the rest again in the backward pass: less
             memory, a third more time, the same bits.
+        compute_dtype: type of the activations and of the products with weights; that of the weights unless changed.
+            Training in bfloat16 keeps float32 weights and sets this. Router and loss are float32 always.
     """
 
     def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
@@ -102,6 +104,7 @@ class BailingMoeV2ForCausalLM(nn.Module):
         self.model = BailingMoeV2Model(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self.compute_dtype: torch.dtype | None = None
         self.to(getattr(torch, config.torch_dtype))
 
     # Setting up
@@ -172,7 +175,7 @@ class BailingMoeV2ForCausalLM(nn.Module):
         self, input_ids_BS: Tensor, shared: Forward, views: list[CacheView] | None = None
     ) -> tuple[Tensor, Tensor]:
         """States after the final norm, and the sum of the routers' losses."""
-        h_BSD = self.model.word_embeddings(input_ids_BS)
+        h_BSD = self._embed(input_ids_BS)
         router_loss = torch.zeros((), device=h_BSD.device)
         for index, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
             if views is not None:
@@ -183,6 +186,10 @@ class BailingMoeV2ForCausalLM(nn.Module):
                 h_BSD, report = layer(h_BSD, shared)
             router_loss = router_loss + self._count(layer, report)
         return self.model.norm(h_BSD), router_loss
+
+    def _embed(self, input_ids_BS: Tensor) -> Tensor:
+        h_BSD = self.model.word_embeddings(input_ids_BS)
+        return h_BSD if self.compute_dtype is None else h_BSD.to(self.compute_dtype)
 
     def _count(self, layer: nn.Module, report: RouterReport | None) -> Tensor | float:
         """The router's loss. In training its counts are added to those since the last update."""
@@ -229,7 +236,7 @@ class BailingMoeV2ForCausalLM(nn.Module):
             layer = self.model.layers[self.config.num_hidden_layers + depth - 1]
             assert isinstance(layer, MTPLayer)
             valid_BS = _valid(mask_BS, documents_BS1, depth + 1)
-            embedding_BSD = self.model.word_embeddings(tokens_BS1[:, depth:-1])
+            embedding_BSD = self._embed(tokens_BS1[:, depth:-1])
             shared = self._forward(tokens_BS1[:, :columns], documents_BS1, router_loss, depth)
             if self.recompute and torch.is_grad_enabled():
                 h_BSD, report = checkpoint(
@@ -267,7 +274,7 @@ class BailingMoeV2ForCausalLM(nn.Module):
         if valid_BS is None:
             valid_BS = torch.ones_like(tokens_BS1[:, 1:], dtype=torch.bool)
         # The head is applied to these positions alone.
-        logprobs_T = linear_logprobs(h_BSD[valid_BS], self.lm_head.weight, tokens_BS1[:, 1:][valid_BS])
+        logprobs_T = linear_logprobs(h_BSD[valid_BS], self.lm_head.weight.to(h_BSD.dtype), tokens_BS1[:, 1:][valid_BS])
         return logprobs_T.new_zeros(valid_BS.shape).masked_scatter(valid_BS, logprobs_T)
 
     def _cross_entropy(self, h_BSD: Tensor, targets_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
@@ -276,7 +283,8 @@ class BailingMoeV2ForCausalLM(nn.Module):
             hidden_TD, targets_T = h_BSD.flatten(0, 1), targets_BS.flatten()
         else:
             hidden_TD, targets_T = h_BSD[mask_BS], targets_BS[mask_BS]
-        return linear_cross_entropy(hidden_TD, self.lm_head.weight, targets_T) / max(targets_T.numel(), 1)
+        loss = linear_cross_entropy(hidden_TD, self.lm_head.weight.to(hidden_TD.dtype), targets_T)
+        return loss / max(targets_T.numel(), 1)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position_embeddings:

@@ -1,0 +1,179 @@
+"""Linear layers and routed experts in blockwise FP8, forward and backward (Ling 2.0 §5.1).
+
+All three products of a weight (outputs, gradient of the input, gradient of the weight) take E4M3 operands with float32
+scales and float32 sums; outputs and gradients of inputs are bfloat16, gradients of weights float32. What is kept for
+the backward pass of a linear layer is its input in FP8, by columns: half of bfloat16.
+
+On a CPU the same steps run by the definitions of the kernels, so the numbers of FP8 training can be had anywhere.
+
+Limits: inputs are bfloat16; weights are the float32 masters.
+
+Shapes: T tokens, D hidden, E experts, K chosen, F expert width, R rows of a `RowMap`, A outputs, B inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ling_flow.kernels.fp8 import (
+    Quantized,
+    dequantize_blocks,
+    dequantize_columns,
+    dequantize_rows,
+    quantize_blocks,
+    quantize_columns,
+    quantize_rows,
+    quantize_rows_and_columns,
+)
+from ling_flow.kernels.grouped_gemm_fp8 import grouped_dgrad_fp8, grouped_forward_fp8, grouped_wgrad_fp8
+from ling_flow.kernels.row_map import RowMap, dense_map, row_map
+from ling_flow.kernels.swiglu_quantise import (
+    swiglu_quantize,
+    swiglu_quantize_backward,
+    swiglu_weighted_backward,
+    swiglu_weighted_forward,
+)
+from ling_flow.kernels.unpermute import gather_rows, sum_rows
+
+Watch = Callable[[str, Tensor, Tensor], None]
+"""Told of an operation: its name, the result in high precision, and the one in FP8. Both float32."""
+
+
+class FP8Weight:
+    """What an FP8 layer keeps beside its weight.
+
+    Attributes:
+        watch: told of every operation while it is set.
+    """
+
+    def __init__(self) -> None:
+        self.watch: Watch | None = None
+        self._key: tuple[int, int] | None = None
+        self._quantized: Quantized | None = None
+
+    def quantized(self, weight_EAB: Tensor) -> Quantized:
+        """The weight in blocks, made again only after the weight has changed: once per optimizer step."""
+        key = (weight_EAB.data_ptr(), weight_EAB._version)  # every change in place counts the version up
+        if self._quantized is None or key != self._key:
+            self._key, self._quantized = key, quantize_blocks(weight_EAB)
+        return self._quantized
+
+
+def fp8_linear(x: Tensor, weight_AB: Tensor, fp8: FP8Weight) -> Tensor:
+    """x · weightᵀ (…, A), bfloat16."""
+    quantized = fp8.quantized(weight_AB.detach().unsqueeze(0))
+    return _FP8Linear.apply(x.flatten(0, -2), weight_AB, quantized, fp8.watch).unflatten(0, x.shape[:-1])
+
+
+def fp8_routed_experts(
+    x_TD: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    counts_E: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_up: FP8Weight,
+    down: FP8Weight,
+) -> Tensor:
+    """`experts.routed_experts` in FP8 (T, D), bfloat16."""
+    quantized = (gate_up.quantized(gate_up_E2FD.detach()), down.quantized(down_EDF.detach()))
+    where = row_map(indices_TK, counts_E)
+    return _FP8Experts.apply(x_TD, weights_TK, gate_up_E2FD, down_EDF, quantized, where, (gate_up.watch, down.watch))
+
+
+class _FP8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TB: Tensor, weight_AB: Tensor, quantized: Quantized, watch: Watch | None) -> Tensor:
+        where = dense_map(len(x_TB), x_TB.device)
+        by_rows, by_columns = quantize_rows_and_columns(x_TB, where)
+        y_TA = grouped_forward_fp8(by_rows, quantized, where)[: len(x_TB)]
+        ctx.where, ctx.quantized, ctx.watch = where, quantized, watch
+        # A watched layer needs its weight for the comparison.
+        ctx.save_for_backward(*by_columns, weight_AB if watch is not None else None)
+        if watch is not None:
+            watch("weight", weight_AB.float(), dequantize_blocks(quantized)[0])
+            watch("input", x_TB.float(), dequantize_rows(by_rows)[: len(x_TB)])
+            watch("input by columns", x_TB.float(), dequantize_columns(by_columns, where)[: len(x_TB)])
+            watch("forward", x_TB.float() @ weight_AB.float().T, y_TA.float())
+        return y_TA
+
+    @staticmethod
+    def backward(ctx: Any, grad_TA: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        values, scales, weight_AB = ctx.saved_tensors
+        where, watch, tokens = ctx.where, ctx.watch, len(grad_TA)
+        x = Quantized(values, scales)
+        by_rows, by_columns = quantize_rows_and_columns(grad_TA, where)
+        grad_x_TB = grouped_dgrad_fp8(by_rows, ctx.quantized, where)[:tokens]
+        grad_weight_AB = grouped_wgrad_fp8(by_columns, x, where, torch.float32)[0]
+        if watch is not None:
+            watch("gradient", grad_TA.float(), dequantize_rows(by_rows)[:tokens])
+            watch("gradient by columns", grad_TA.float(), dequantize_columns(by_columns, where)[:tokens])
+            watch("dgrad", grad_TA.float() @ weight_AB.float(), grad_x_TB.float())
+            x_TB = dequantize_columns(x, where)[:tokens]  # the input itself is not kept
+            watch("wgrad", grad_TA.float().T @ x_TB, grad_weight_AB)
+        return grad_x_TB, grad_weight_AB, None, None
+
+
+class _FP8Experts(torch.autograd.Function):
+    # Kept: the tokens, the pre-activations of the experts, and the map; activations are made again from these.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        gate_up_E2FD: Tensor,
+        down_EDF: Tensor,
+        quantized: tuple[Quantized, Quantized],
+        where: RowMap,
+        watches: tuple[Watch | None, Watch | None],
+    ) -> Tensor:
+        x_q = quantize_rows(x_TD)
+        z_R2F = grouped_forward_fp8(x_q, quantized[0], where, gather=True)
+        h_q = swiglu_quantize(z_R2F, weights_TK, where, by_columns=False)
+        y_RD = grouped_forward_fp8(h_q, quantized[1], where)
+        ctx.where, ctx.quantized, ctx.watches = where, quantized, watches
+        ctx.save_for_backward(x_TD, z_R2F, weights_TK)
+        for watch, weight, stored in zip(watches, (gate_up_E2FD, down_EDF), quantized, strict=True):
+            if watch is not None:
+                watch("weight", weight.float(), dequantize_blocks(stored))
+        real = where.pair_R >= 0
+        if watches[0] is not None:
+            watches[0]("input", x_TD.float(), dequantize_rows(x_q))
+        if watches[1] is not None:
+            h_RF = swiglu_weighted_forward(z_R2F, weights_TK, where)
+            watches[1]("input", h_RF.float()[real], dequantize_rows(h_q)[real])
+        return sum_rows(y_RD, where)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None, None]:
+        x_TD, z_R2F, weights_TK = ctx.saved_tensors
+        where, (gate_up, down) = ctx.where, ctx.quantized
+        grad_q = quantize_rows(grad_TD)
+        grad_h_RF = grouped_dgrad_fp8(grad_q, down, where, gather=True)
+        grad_columns = quantize_columns(grad_TD, where, gather=True)
+        h_columns = swiglu_quantize(z_R2F, weights_TK, where, by_columns=True)
+        grad_down_EDF = grouped_wgrad_fp8(grad_columns, h_columns, where, torch.float32)
+        dz_rows, dz_columns, grad_weights_TK = swiglu_quantize_backward(z_R2F, grad_h_RF, weights_TK, where)
+        x_columns = quantize_columns(x_TD, where, gather=True)
+        grad_gate_up_E2FD = grouped_wgrad_fp8(dz_columns, x_columns, where, torch.float32)
+        grad_x_TD = sum_rows(grouped_dgrad_fp8(dz_rows, gate_up, where), where)
+        real = where.pair_R >= 0
+        watch_gate_up, watch_down = ctx.watches
+        if watch_gate_up is not None:
+            dz_R2F, _ = swiglu_weighted_backward(z_R2F, grad_h_RF, weights_TK, where)
+            exact = dz_R2F[real].float()
+            watch_gate_up("gradient", exact, dequantize_rows(dz_rows)[real])
+            watch_gate_up("gradient by columns", exact, dequantize_columns(dz_columns, where)[real])
+            x_RD = gather_rows(x_TD, where)[real].float()
+            watch_gate_up("input by columns", x_RD, dequantize_columns(x_columns, where)[real])
+        if watch_down is not None:
+            watch_down("gradient", grad_TD.float(), dequantize_rows(grad_q))
+            exact = gather_rows(grad_TD, where)[real].float()
+            watch_down("gradient by columns", exact, dequantize_columns(grad_columns, where)[real])
+            h_RF = swiglu_weighted_forward(z_R2F, weights_TK, where)[real].float()
+            watch_down("input by columns", h_RF, dequantize_columns(h_columns, where)[real])
+        return grad_x_TD, grad_weights_TK.to(weights_TK.dtype), grad_gate_up_E2FD, grad_down_EDF, None, None, None
