@@ -12,7 +12,7 @@ from ling_flow.errors import UserError
 from ling_flow.flow.component import Dataset, Input, Metrics, Model, Output, Resources, Step, component
 from ling_flow.model.config import ModelConfig, RouterLoss
 from ling_flow.scaling.law import Recommendation, ScalingLaw
-from ling_flow.training.settings import CheckpointIndex, OptimizerSettings, StageSettings
+from ling_flow.training.settings import CheckpointIndex, FP8Settings, OptimizerSettings, Precision, StageSettings
 
 METRIC_POINTS = 200  # training metrics tracked per stage
 
@@ -39,6 +39,10 @@ class PretrainConfig(StrictModel):
         1e-3, ge=0, description="change of an expert's bias per step; Ling 2.0 goes to 1e-4 when the context grows"
     )
     router_loss: RouterLoss = Field(RouterLoss(), description="optional losses on the routers; Ling 2.0 has none")
+    precision: Precision = Field(
+        "float32", description="of activations and products; weights, router, loss and optimizer are float32"
+    )
+    fp8: FP8Settings = Field(FP8Settings(), description="switches of the FP8 recipe, for precision fp8")
     checkpoints_saved: int = Field(8, gt=0, description="checkpoints written, evenly spaced, the last at the end")
     checkpoints_kept: int = Field(8, gt=0, description="newest checkpoints kept, for the merge")
     validation_tokens: int = Field(16384, gt=0, description="validation tokens, per source")
@@ -73,7 +77,7 @@ class PretrainConfig(StrictModel):
         if self.model.torch_dtype != "float32":
             raise ValueError(
                 f"model.torch_dtype must be 'float32', got {self.model.torch_dtype!r}: "
-                "bfloat16 weights are too coarse for the optimizer's steps"
+                "bfloat16 weights are too coarse for the optimizer's steps (see `precision`)"
             )
         return self
 
@@ -119,6 +123,7 @@ def pretrain(
     from ling_flow.data.corpus import Corpus
     from ling_flow.model.hf import read_config
     from ling_flow.training.evaluate import mixture_loss, validation_loss
+    from ling_flow.training.fp8 import Safeguard
     from ling_flow.training.loop import StepReport
     from ling_flow.training.stage import open_stage, run_stage
 
@@ -164,7 +169,15 @@ def pretrain(
                 step=report.step,
             )
 
-    kept = run_stage(run, checkpoints.path, batches, settings, tokenizer_dir=opened.path / "tokenizer", on_step=on_step)
+    def on_watch(done: int, safeguard: Safeguard) -> None:
+        step.metrics(safeguard.metrics(), step=done)
+        for line in safeguard.warnings():
+            step.log(f"step {done:,}: {line}")
+
+    tokenizer_dir = opened.path / "tokenizer"
+    kept = run_stage(
+        run, checkpoints.path, batches, settings, tokenizer_dir=tokenizer_dir, on_step=on_step, on_watch=on_watch
+    )
     losses = validation_loss(
         run.model, opened, settings.sequence_length, config.validation_tokens, sources=batches.sources
     )
@@ -229,6 +242,8 @@ def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> St
         warmup_steps=config.warmup_steps,
         expert_bias_update_rate=config.expert_bias_update_rate,
         router_loss=config.router_loss,
+        precision=config.precision,
+        fp8=config.fp8,
         checkpoints_saved=config.checkpoints_saved,
         checkpoints_kept=config.checkpoints_kept,
     )

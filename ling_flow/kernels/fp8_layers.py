@@ -158,6 +158,7 @@ class _FP8Experts(torch.autograd.Function):
         h_columns = swiglu_quantize(z_R2F, weights_TK, where, by_columns=True)
         grad_down_EDF = grouped_wgrad_fp8(grad_columns, h_columns, where, torch.float32)
         dz_rows, dz_columns, grad_weights_TK = swiglu_quantize_backward(z_R2F, grad_h_RF, weights_TK, where)
+        assert grad_weights_TK is not None
         x_columns = quantize_columns(x_TD, where, gather=True)
         grad_gate_up_E2FD = grouped_wgrad_fp8(dz_columns, x_columns, where, torch.float32)
         grad_x_TD = sum_rows(grouped_dgrad_fp8(dz_rows, gate_up, where), where)

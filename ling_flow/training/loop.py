@@ -5,6 +5,7 @@ Shapes: B batch, S sequence.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from ling_flow.errors import SystemFault
 from ling_flow.model.config import RouterLoss
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+from ling_flow.training.fp8 import Safeguard
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -67,6 +69,8 @@ def train(
     expert_bias_update_rate: float = 1e-3,
     router_loss: RouterLoss | None = None,
     sequences_per_forward: int | None = None,
+    safeguard: Safeguard | None = None,
+    on_watch: Callable[[int, Safeguard], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     save: Callable[[int], None] | None = None,
     save_every: int = 0,
@@ -81,6 +85,9 @@ def train(
         first_batch_step: the step that draws batch 0 (where a stage began).
         router_loss: losses on the routers beside that of the tokens; None: none.
         sequences_per_forward: split each batch into forward passes of that many sequences; None: one pass.
+        safeguard: of a model in FP8: watches every `watch_every`-th step, and names what was not finite where a step is
+            skipped.
+        on_watch: called with the number of steps done after a pass that the safeguard watched.
         on_step: called after every step.
         save: called with the number of steps done, every `save_every` steps counted back from the end, included.
 
@@ -98,15 +105,25 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.zero_grad(set_to_none=True)
-        loss, cross_entropy, mtp_cross_entropy = _accumulate(model, tokens_BS1, sequences_per_forward, router_loss)
+        every = 0 if safeguard is None else safeguard.settings.watch_every
+        watched = safeguard if every and (step + 1) % every == 0 else None
+        with contextlib.nullcontext() if watched is None else watched.watching():
+            loss, cross_entropy, mtp_cross_entropy = _accumulate(model, tokens_BS1, sequences_per_forward, router_loss)
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip)
         skipped = not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm))
         if skipped:
             load_violation = model.update_expert_bias(0.0)  # forget this batch's counts
+            if safeguard is not None and watched is None:  # once more, to see which operation it was
+                watched = safeguard
+                with safeguard.watching():
+                    _accumulate(model, tokens_BS1, sequences_per_forward, router_loss)
+                model.update_expert_bias(0.0)
         else:
             optimizer.step()
             load_violation = model.update_expert_bias(expert_bias_update_rate)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if watched is not None and on_watch is not None:
+            on_watch(step + 1, watched)
         if on_step is not None:
             report = StepReport(
                 step=step + 1,

@@ -13,6 +13,9 @@ from ling_flow.model.config import RouterLoss
 
 INDEX_FILE = "checkpoints.json"
 
+Precision = Literal["float32", "bfloat16", "fp8"]
+"""Of activations and products in training. Weights, router, loss and optimizer are float32 in each."""
+
 
 class OptimizerSettings(StrictModel):
     """AdamW as Ling 2.0 trains with it (§3.2); eps is that of Ling-1, since the report does not state it."""
@@ -30,6 +33,21 @@ class OptimizerSettings(StrictModel):
         return self
 
 
+class FP8Settings(StrictModel):
+    """The FP8 recipe's switches; without effect in another precision."""
+
+    bfloat16_layers: tuple[int, ...] = Field(
+        (), description="layers that stay in bfloat16, from 0; negative from the end, where the MTP layers are"
+    )
+    watch_every: int = Field(
+        0,
+        ge=0,
+        description="steps between two passes in which every operation is compared with high precision; 0: none",
+    )
+    underflow_warning: float = Field(0.02, ge=0, le=1, description="share of elements that may become 0")
+    cosine_warning: float = Field(0.99, ge=0, le=1, description="least cosine between high precision and FP8")
+
+
 class StageSettings(StrictModel):
     """One stage of a constant-rate run."""
 
@@ -44,6 +62,8 @@ class StageSettings(StrictModel):
     warmup_steps: int = Field(ge=0, description="steps of linear warm-up at the very start of the run")
     expert_bias_update_rate: float = Field(ge=0, description="change of an expert's bias per step")
     router_loss: RouterLoss = Field(RouterLoss(), description="optional losses on the routers")
+    precision: Precision = Field("float32", description="of activations and products")
+    fp8: FP8Settings = Field(FP8Settings(), description="switches of the FP8 recipe")
     checkpoints_saved: int = Field(gt=0, description="checkpoints written, evenly spaced, the last at the end")
     checkpoints_kept: int = Field(gt=0, description="newest checkpoints kept for merging")
 

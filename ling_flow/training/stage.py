@@ -24,6 +24,7 @@ from ling_flow.training.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from ling_flow.training.fp8 import Safeguard, set_precision
 from ling_flow.training.loop import BatchSource, StepReport, train
 from ling_flow.training.optimizer import build_optimizer, warmup_then_constant
 from ling_flow.training.settings import CheckpointEntry, StageSettings, TrainingState
@@ -91,10 +92,12 @@ def run_stage(
     *,
     tokenizer_dir: Path,
     on_step: Callable[[StepReport], None],
+    on_watch: Callable[[int, Safeguard], None] | None = None,
 ) -> list[CheckpointEntry]:
     """Train to the end of the stage, in place; returns the checkpoints kept, oldest first.
 
     Raises:
+        UserError: the settings of FP8 do not fit the model.
         SystemFault: loss or gradient was not finite for several steps in a row.
     """
 
@@ -116,6 +119,7 @@ def run_stage(
         save_checkpoint(directory, run.model, run.optimizer, run.state, tokenizer_dir)
         _keep(directory, settings.checkpoints_kept, with_training_state=2)  # one to fall back on
 
+    set_precision(run.model, settings.precision, settings.fp8)
     train(
         run.model,
         run.optimizer,
@@ -128,6 +132,8 @@ def run_stage(
         expert_bias_update_rate=settings.expert_bias_update_rate,
         router_loss=settings.router_loss,
         sequences_per_forward=settings.sequences_per_forward,
+        safeguard=Safeguard(run.model, settings.fp8) if settings.precision == "fp8" else None,
+        on_watch=on_watch,
         on_step=count,
         save=save,
         save_every=settings.save_every,

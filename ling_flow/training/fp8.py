@@ -1,0 +1,145 @@
+"""The FP8 recipe of Ling 2.0 (§5.1): what runs in blockwise FP8, and the safeguard that watches it.
+
+In FP8: the projections of attention, dense feed-forwards, shared and routed experts, also inside the MTP layers. In
+bfloat16: attention itself, norms, embedding, output head and the MTP layers' `eh_proj`. In float32: router, softmax,
+loss, master weights, sums inside every product, optimizer. Weights are quantised once per optimizer step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ling_flow.errors import UserError
+from ling_flow.kernels.fp8_layers import FP8Weight
+from ling_flow.model.layers import Experts, Linear
+from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+from ling_flow.training.settings import FP8Settings, Precision
+
+_KEPT_HIGH = ("lm_head", "eh_proj")
+_LEAF = "by columns"  # operands of weight gradients: their error does not pass on (Ling 2.0 §5.1)
+
+
+class OperationError(NamedTuple):
+    """What FP8 did to one operation of one layer.
+
+    Attributes:
+        layer: name of the module.
+        operation: `input`, `weight`, `gradient` (as quantised, by rows or columns), `forward`, `dgrad`, `wgrad` (a
+            product against the same in float32).
+        underflow: share of the elements that became 0.
+        cosine: of the angle between the two; 1 is no distortion.
+        finite: both hold finite values only.
+    """
+
+    layer: str
+    operation: str
+    underflow: float
+    cosine: float
+    finite: bool
+
+
+def set_precision(model: BailingMoeV2ForCausalLM, precision: Precision, settings: FP8Settings) -> None:
+    """Make `model` compute in `precision` from here on. Its weights stay as they are, float32 in training.
+
+    Raises:
+        UserError: `settings` names a layer that the model does not have, or the weights are not float32.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear | Experts):
+            module.fp8 = None
+    model.compute_dtype = None if precision == "float32" else torch.bfloat16
+    if precision != "fp8":
+        return
+    if model.lm_head.weight.dtype != torch.float32:
+        raise UserError(f"precision: fp8 needs float32 weights, got a model in {model.lm_head.weight.dtype}")
+    depth = len(model.model.layers)
+    for index in settings.bfloat16_layers:
+        if not -depth <= index < depth:
+            raise UserError(
+                f"fp8.bfloat16_layers: the model has layers 0 to {depth - 1} (or from -{depth}), got {index}"
+            )
+    kept = {index % depth for index in settings.bfloat16_layers}
+    for index, layer in enumerate(model.model.layers):
+        if index in kept:
+            continue
+        for name, module in layer.named_modules():
+            if isinstance(module, Experts):
+                module.fp8 = (FP8Weight(), FP8Weight())
+            elif isinstance(module, Linear) and not name.endswith(_KEPT_HIGH):
+                module.fp8 = FP8Weight()
+
+
+def fp8_weights(model: nn.Module) -> dict[str, FP8Weight]:
+    """Every weight that is in FP8, by the name of its module."""
+    found: dict[str, FP8Weight] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.fp8 is not None:
+            found[name] = module.fp8
+        elif isinstance(module, Experts) and module.fp8 is not None:
+            found[f"{name}.gate_up_proj"], found[f"{name}.down_proj"] = module.fp8
+    return found
+
+
+class Safeguard:
+    """Compares FP8 operations with high precision, where and when asked (Ling 2.0 §5.1)."""
+
+    def __init__(self, model: BailingMoeV2ForCausalLM, settings: FP8Settings) -> None:
+        self.settings = settings
+        self._weights = fp8_weights(model)
+        self._found: dict[tuple[str, str], OperationError] = {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, every FP8 operation of a forward and backward pass is computed in high precision too."""
+        self._found.clear()
+        for name, weight in self._weights.items():
+            weight.watch = functools.partial(self._record, name)
+        try:
+            yield
+        finally:
+            for weight in self._weights.values():
+                weight.watch = None
+
+    @torch.no_grad()
+    def _record(self, layer: str, operation: str, exact: Tensor, found: Tensor) -> None:
+        underflow = ((found == 0) & (exact != 0)).float().mean() if exact.numel() else torch.zeros(())
+        norms = exact.double().norm() * found.double().norm()
+        cosine = (exact.double() * found.double()).sum() / norms if norms > 0 else torch.ones(())
+        finite = bool(exact.isfinite().all() and found.isfinite().all())
+        # In the order in which operations first ran; recomputing a layer runs its forward pass twice.
+        self._found[layer, operation] = OperationError(layer, operation, float(underflow), float(cosine), finite)
+
+    @property
+    def found(self) -> list[OperationError]:
+        """Of the last watched pass, in order."""
+        return list(self._found.values())
+
+    def metrics(self) -> dict[str, float]:
+        """The worst over the layers, per operation: `fp8/underflow/…` and `fp8/cosine/…`."""
+        worst: dict[str, float] = {}
+        for error in self._found.values():
+            key = error.operation.replace(" ", "_")
+            worst[f"fp8/underflow/{key}"] = max(error.underflow, worst.get(f"fp8/underflow/{key}", 0.0))
+            worst[f"fp8/cosine/{key}"] = min(error.cosine, worst.get(f"fp8/cosine/{key}", 1.0))
+        return worst
+
+    def warnings(self) -> list[str]:
+        """A line per operation beyond the thresholds; the operands of weight gradients are only logged."""
+        lines = []
+        for error in self._found.values():
+            where = f"fp8: {error.layer}, {error.operation}"
+            if not error.finite:
+                lines.append(f"{where}: not finite")
+            elif _LEAF in error.operation or error.operation == "wgrad":
+                continue
+            elif error.cosine < self.settings.cosine_warning:
+                lines.append(f"{where}: cosine to high precision {error.cosine:.4f}")
+            elif error.underflow > self.settings.underflow_warning and error.operation in ("input", "gradient"):
+                lines.append(f"{where}: {error.underflow:.1%} of the elements became 0")
+        return lines
