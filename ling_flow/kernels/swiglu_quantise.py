@@ -20,8 +20,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from ling_flow.kernels import fp8
-from ling_flow.kernels.fp8 import Quantized
-from ling_flow.kernels.row_map import RowMap
+from ling_flow.kernels._triton import ceil_div, jit, narrow, tl
+from ling_flow.kernels.fp8 import STORED, Quantized, magnitude, scale_and_inverse
+from ling_flow.kernels.row_map import ALIGN, TILE, RowMap
+from ling_flow.kernels.swiglu import (
+    pairs_and_weights,
+    silu,
+    swiglu_backward_triton,
+    swiglu_gradients,
+    swiglu_triton,
+)
+
+ROWS_TILE = (16, 4)  # rows and warps of a program of 128 columns
+COLUMNS_TILE = (64, 8)  # columns and warps of a program of 128 rows
+BACKWARD_WARPS = 16  # of a program of 128 rows and 2 · 128 columns
 
 # The definition, in torch
 
@@ -44,13 +56,15 @@ def swiglu_weighted_reference(z_R2F: Tensor, weights_TK: Tensor | None, row_map:
 
 def swiglu_weighted_backward_reference(
     z_R2F: Tensor, grad_h_RF: Tensor, weights_TK: Tensor | None, row_map: RowMap
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     row_N, gate_NF, up_NF, p_N1 = _wide(z_R2F, weights_TK, row_map)
     grad_NF, sigmoid_NF = grad_h_RF[row_N].to(gate_NF.dtype), gate_NF.sigmoid()
     silu_NF, grad_p_NF = gate_NF * sigmoid_NF, grad_NF * p_N1
     grad_gate_NF = grad_p_NF * up_NF * (sigmoid_NF * (1 + gate_NF * (1 - sigmoid_NF)))
     grad_z_R2F = z_R2F.new_zeros(row_map.rows, z_R2F.shape[1])
     grad_z_R2F[row_N] = torch.cat([grad_gate_NF, grad_p_NF * silu_NF], 1).to(z_R2F.dtype)
+    if weights_TK is None:
+        return grad_z_R2F, None
     grad_weights_TK = gate_NF.new_zeros(row_map.place_TK.shape)
     grad_weights_TK.view(-1)[row_map.pair_R[row_N].long()] = (grad_NF * (silu_NF * up_NF)).sum(1)
     return grad_z_R2F, grad_weights_TK
@@ -63,7 +77,7 @@ def swiglu_quantize_reference(z_R2F: Tensor, weights_TK: Tensor | None, row_map:
 
 def swiglu_quantize_backward_reference(
     z_R2F: Tensor, grad_h_RF: Tensor, weights_TK: Tensor | None, row_map: RowMap
-) -> tuple[Quantized, Quantized, Tensor]:
+) -> tuple[Quantized, Quantized, Tensor | None]:
     grad_z_R2F, grad_weights_TK = swiglu_weighted_backward_reference(z_R2F, grad_h_RF, weights_TK, row_map)
     by_rows = fp8.quantize_rows_reference(grad_z_R2F)
     return by_rows, fp8.quantize_columns_reference(grad_z_R2F, row_map, False), grad_weights_TK
@@ -84,28 +98,36 @@ def swiglu_weighted(z_R2F: Tensor, weights_TK: Tensor | None, row_map: RowMap) -
 
 def swiglu_weighted_forward(z_R2F: Tensor, weights_TK: Tensor | None, row_map: RowMap) -> Tensor:
     """`swiglu_weighted` without a record for the backward pass."""
+    if z_R2F.is_cuda:
+        return swiglu_triton(z_R2F, weights_TK, row_map)
     return swiglu_weighted_reference(z_R2F, weights_TK, row_map)
 
 
 def swiglu_weighted_backward(
     z_R2F: Tensor, grad_h_RF: Tensor, weights_TK: Tensor | None, row_map: RowMap
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `swiglu_weighted`: of z (R, 2F), zero in padding, and of the weights (T, K), float32."""
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `swiglu_weighted`: of z (R, 2F), zero in padding, and of the weights (T, K), float32; None for no weights."""
+    if z_R2F.is_cuda:
+        return swiglu_backward_triton(z_R2F, grad_h_RF, weights_TK, row_map)
     return swiglu_weighted_backward_reference(z_R2F, grad_h_RF, weights_TK, row_map)
 
 
 def swiglu_quantize(z_R2F: Tensor, weights_TK: Tensor | None, row_map: RowMap, by_columns: bool) -> Quantized:
     """`swiglu_weighted` in FP8: 1×128 by rows for the product with `down`, 128×1 by columns for its gradient."""
+    if z_R2F.is_cuda:
+        return swiglu_quantize_triton(z_R2F, weights_TK, row_map, by_columns)
     return swiglu_quantize_reference(z_R2F, weights_TK, row_map, by_columns)
 
 
 def swiglu_quantize_backward(
     z_R2F: Tensor, grad_h_RF: Tensor, weights_TK: Tensor | None, row_map: RowMap
-) -> tuple[Quantized, Quantized, Tensor]:
-    """The gradient of z in FP8, by rows and by columns, and that of the weights (T, K), float32.
+) -> tuple[Quantized, Quantized, Tensor | None]:
+    """The gradient of z in FP8, by rows and by columns, and that of the weights (T, K), float32; None for no weights.
 
     By rows, padding is undefined.
     """
+    if z_R2F.is_cuda:
+        return swiglu_quantize_backward_triton(z_R2F, grad_h_RF, weights_TK, row_map)
     return swiglu_quantize_backward_reference(z_R2F, grad_h_RF, weights_TK, row_map)
 
 
@@ -120,4 +142,191 @@ class _SwiGLUWeighted(torch.autograd.Function):
     def backward(ctx: Any, grad_h_RF: Tensor) -> tuple[Tensor, Tensor | None, None]:
         z_R2F, weights_TK = ctx.saved_tensors
         grad_z_R2F, grad_weights_TK = swiglu_weighted_backward(z_R2F, grad_h_RF, weights_TK, ctx.row_map)
-        return grad_z_R2F[: len(z_R2F)], None if weights_TK is None else grad_weights_TK.to(weights_TK.dtype), None
+        if grad_weights_TK is not None:
+            grad_weights_TK = grad_weights_TK.to(weights_TK.dtype)
+        return grad_z_R2F[: len(z_R2F)], grad_weights_TK, None
+
+
+# Triton
+
+
+def swiglu_quantize_triton(z_R2F: Tensor, weights_TK: Tensor | None, row_map: RowMap, by_columns: bool) -> Quantized:
+    rows, width, device = row_map.rows, z_R2F.shape[1] // 2, z_R2F.device
+    z_R2F = z_R2F.contiguous()
+    weighted = weights_TK is not None
+    weights = z_R2F if weights_TK is None else weights_TK.contiguous()  # not touched without weights
+    if not by_columns:
+        values = torch.empty((rows, width), dtype=STORED, device=device)
+        scales = torch.empty((ceil_div(width, TILE), rows), dtype=torch.float32, device=device)
+        if values.numel():
+            block_r, warps = ROWS_TILE
+            _quantize_rows_kernel[ceil_div(width, TILE), ceil_div(rows, block_r)](
+                z_R2F, weights, row_map.pair_R, values, scales, rows, width, WEIGHTED=weighted, BLOCK_R=block_r,
+                TILE=TILE, num_warps=warps,
+            )  # fmt: skip
+        return Quantized(values, scales)
+    found = _columns_of(row_map, width, device)
+    if z_R2F.numel() and len(row_map.tile_rows_M):
+        block_f, warps = COLUMNS_TILE
+        _quantize_columns_kernel[ceil_div(width, block_f), len(row_map.tile_rows_M)](
+            z_R2F, weights, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, *found, rows, width,
+            WEIGHTED=weighted, BLOCK_F=block_f, TILE=TILE, num_warps=warps,
+        )  # fmt: skip
+    return found
+
+
+def swiglu_quantize_backward_triton(
+    z_R2F: Tensor, grad_h_RF: Tensor, weights_TK: Tensor | None, row_map: RowMap
+) -> tuple[Quantized, Quantized, Tensor | None]:
+    rows, width, device = row_map.rows, z_R2F.shape[1] // 2, z_R2F.device
+    if width % TILE:
+        grad_z_R2F, grad_weights_TK = swiglu_backward_triton(z_R2F, grad_h_RF, weights_TK, row_map)
+        by_rows, by_columns = fp8.quantize_tiles_triton(grad_z_R2F, row_map, False, by_rows=True)
+        assert by_rows is not None
+        return by_rows, by_columns, grad_weights_TK
+    z_R2F, grad_h_RF = z_R2F.contiguous(), grad_h_RF.contiguous()
+    weights = z_R2F if weights_TK is None else weights_TK.contiguous()  # not touched without weights
+    parts = width // TILE
+    by_columns = _columns_of(row_map, 2 * width, device)
+    by_rows = Quantized(
+        torch.empty((rows, 2 * width), dtype=STORED, device=device),
+        torch.empty((2 * parts, rows), dtype=torch.float32, device=device),
+    )
+    # A row's part of its weight's gradient from each 128 columns, to be summed in their order.
+    partial_FR = torch.empty((parts, rows), dtype=torch.float32, device=device)
+    if z_R2F.numel() and len(row_map.tile_rows_M):
+        _quantize_backward_kernel[parts, len(row_map.tile_rows_M)](
+            z_R2F, grad_h_RF, weights, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, *by_rows,
+            *by_columns, partial_FR, rows, width, WEIGHTED=weights_TK is not None, TILE=TILE, num_warps=BACKWARD_WARPS,
+        )  # fmt: skip
+    if weights_TK is None:
+        return by_rows, by_columns, None
+    grad_weights_N = partial_FR.sum(0).index_select(0, row_map.place_TK.flatten())
+    return by_rows, by_columns, grad_weights_N.view(row_map.place_TK.shape)
+
+
+def _columns_of(row_map: RowMap, columns: int, device: torch.device) -> Quantized:
+    """Room for values by columns, of which the rows past the last expert's are zero: the kernels write the others."""
+    rows = row_map.rows
+    values = torch.empty((columns, rows), dtype=STORED, device=device)
+    scales = torch.empty((len(row_map.tile_rows_M), columns), dtype=torch.float32, device=device)
+    if values.numel():
+        grid = (ceil_div(rows - row_map.place_TK.numel(), 256), ceil_div(columns, 16))
+        _zero_tail_kernel[grid](
+            values, row_map.starts_E, row_map.counts_E, len(row_map.counts_E), rows, columns, ALIGN=ALIGN, BLOCK_R=256,
+            BLOCK_N=16, num_warps=4,
+        )  # fmt: skip
+    return Quantized(values, scales)
+
+
+@jit
+def _zero_tail_kernel(  # type: ignore[no-untyped-def]
+    values, starts_E, counts_E, experts, rows, columns,
+    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    used = tl.load(starts_E + experts - 1) + (tl.load(counts_E + experts - 1) + ALIGN - 1) // ALIGN * ALIGN
+    row = tl.multiple_of(used, ALIGN) + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    to = values + column.to(tl.int64)[:, None] * rows + row[None, :]
+    zeros = narrow(tl.zeros((BLOCK_N, BLOCK_R), tl.float32), tl.float8e4nv)
+    tl.store(to, zeros, mask=(column < columns)[:, None] & (row < rows)[None, :])
+
+
+@jit
+def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
+    z, weights, pair_R, values, scales, rows, width,
+    WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tile * TILE + tl.arange(0, TILE)
+    there = (column < width)[None, :]
+    pair, weight = pairs_and_weights(pair_R, weights, row, row < rows, WEIGHTED)
+    source = z + row.to(tl.int64)[:, None] * (2 * width) + column[None, :]
+    wide = _hidden(source, width, (pair >= 0)[:, None] & there, weight, WEIGHTED)
+    scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 1))
+    to = values + row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(to, narrow(wide * inverse[:, None], tl.float8e4nv), mask=(row < rows)[:, None] & there)
+    tl.store(scales + tile.to(tl.int64) * rows + row, scale, mask=row < rows)
+
+
+@jit
+def _quantize_columns_kernel(  # type: ignore[no-untyped-def]
+    z, weights, pair_R, tile_start_M, tile_rows_M, values, scales, rows, width,
+    WEIGHTED: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(1)
+    count = tl.load(tile_rows_M + tile)
+    if count == 0:
+        return
+    within, start, padded = _rows_of_tile(tile, count, tile_start_M, TILE)
+    first = tl.program_id(0) * BLOCK_F
+    column = tl.arange(0, BLOCK_F)
+    there = first + column < width
+    _, weight = pairs_and_weights(pair_R, weights, start + within, within < count, WEIGHTED)
+    source = z + start.to(tl.int64) * (2 * width) + first + within[:, None] * (2 * width) + column[None, :]
+    wide = _hidden(source, width, (within < count)[:, None] & there[None, :], weight, WEIGHTED)
+    scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 0))
+    to = values + first.to(tl.int64) * rows + start + column[:, None] * rows + within[None, :]
+    inside = there[:, None] & (within < padded)[None, :]
+    tl.store(to, tl.trans(narrow(wide * inverse[None, :], tl.float8e4nv)), mask=inside)
+    tl.store(scales + tile.to(tl.int64) * width + first + column, scale, mask=there)
+
+
+@jit
+def _quantize_backward_kernel(  # type: ignore[no-untyped-def]
+    z, grad_h, weights, pair_R, tile_start_M, tile_rows_M, row_values, row_scales, column_values, column_scales,
+    partial_FR, rows, width, WEIGHTED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile, part = tl.program_id(1), tl.program_id(0)
+    count = tl.load(tile_rows_M + tile)
+    if count == 0:
+        return
+    within, start, padded = _rows_of_tile(tile, count, tile_start_M, TILE)
+    _, weight = pairs_and_weights(pair_R, weights, start + within, within < count, WEIGHTED)
+    inside = (within < count)[:, None]
+    parts, lane = width // TILE, tl.arange(0, TILE)
+    at = start.to(tl.int64) * (2 * width) + part * TILE + (within[:, None] * (2 * width) + lane[None, :])
+    grad_at = start.to(tl.int64) * width + part * TILE + (within[:, None] * width + lane[None, :])
+    for half in tl.static_range(2):
+        # Read again for the other half, from the cache: both at once would not fit the registers.
+        gate = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(z + at + width, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_h + grad_at, mask=inside, other=0.0).to(tl.float32)
+        grad_gate, grad_up, grad_weight = swiglu_gradients(gate, up, grad, weight[:, None])
+        if WEIGHTED and half == 0:
+            to = partial_FR + part.to(tl.int64) * rows + start + within
+            tl.store(to, tl.sum(grad_weight, 1), mask=within < count)
+        wide = narrow(grad_gate if half == 0 else grad_up, z.dtype.element_ty).to(tl.float32)
+        first = half * width + part * TILE  # column of [gate | up]
+        scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 1))
+        stored = narrow(wide * inverse[:, None], tl.float8e4nv)
+        tl.store(row_values + at + half * width, stored, mask=(within < padded)[:, None])
+        tl.store(row_scales + (half * parts + part).to(tl.int64) * rows + start + within, scale, mask=within < padded)
+        scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 0))
+        stored = tl.trans(narrow(wide * inverse[None, :], tl.float8e4nv))
+        to = column_values + first.to(tl.int64) * rows + start + (lane[:, None] * rows + within[None, :])
+        tl.store(to, stored, mask=(within < padded)[None, :])
+        tl.store(column_scales + tile.to(tl.int64) * (2 * width) + first + lane, scale)
+
+
+@jit
+def _rows_of_tile(tile, count, tile_start_M, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows within a tile, the first one, and how many are its own with its expert's padding.
+
+    Starts and paddings are multiples of 16, which the compiler must be told to write 16 bytes at a time.
+    """
+    start = tl.multiple_of(tl.load(tile_start_M + tile), 16)
+    return tl.arange(0, TILE), start, (count + 15) // 16 * 16
+
+
+@jit
+def _hidden(source, width, inside, weight, WEIGHTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """silu(gate) · up · weight, narrowed to the dtype of z and widened again."""
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
+    _, activated = silu(gate)
+    product = activated * up
+    if WEIGHTED:
+        product = product * weight[:, None]
+    return narrow(product, source.dtype.element_ty).to(tl.float32)
