@@ -54,7 +54,7 @@ def quantize_rows_reference(x_MN: Tensor) -> Quantized:
     rows, columns = x_MN.shape
     padded = functional.pad(x_MN.float(), (0, -columns % TILE)).unflatten(1, (-1, TILE))
     values, scales = _quantize_tiles(padded, (2,))
-    return Quantized(values.flatten(1)[:, :columns].contiguous(), scales.view(rows, -1).T.contiguous())
+    return Quantized(values.flatten(1)[:, :columns].contiguous(), scales.squeeze(2).T.contiguous())
 
 
 def quantize_columns_reference(x_TN: Tensor, row_map: RowMap, gather: bool) -> Quantized:

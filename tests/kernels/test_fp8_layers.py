@@ -1,0 +1,103 @@
+"""Linear layers and experts in FP8: every product against float64 of the values that FP8 holds, step by step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ling_flow.kernels import fp8
+from ling_flow.kernels.experts import routed_experts
+from ling_flow.kernels.fp8_layers import FP8Weight, fp8_linear, fp8_routed_experts
+from ling_flow.kernels.row_map import dense_map
+from ling_flow.kernels.shapes import SMALL, MoEShape, normal, route
+
+
+def close(found: Tensor, exact: Tensor, tolerance: float) -> None:
+    assert found.shape == exact.shape
+    error = (found.double() - exact.double()).norm()
+    assert error <= tolerance * exact.double().norm() + 1e-30
+
+
+def seen_by_rows(x: Tensor) -> Tensor:
+    return fp8.dequantize_rows(fp8.quantize_rows_reference(x)).double()
+
+
+def seen_by_columns(x: Tensor) -> Tensor:
+    where = dense_map(len(x), x.device)
+    return fp8.dequantize_columns(fp8.quantize_columns_reference(x, where, False), where)[: len(x)].double()
+
+
+def seen_in_blocks(w: Tensor) -> Tensor:
+    return fp8.dequantize_blocks(fp8.quantize_blocks_reference(w.unsqueeze(0)))[0].double()
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(64, 128, 256), (37, 144, 80), (1, 96, 192), (300, 48, 16)])
+def test_linear_multiplies_what_fp8_holds(tokens: int, inputs: int, outputs: int) -> None:
+    x = normal((2, tokens, inputs), torch.bfloat16).requires_grad_()
+    weight = (normal((outputs, inputs), torch.float32, seed=1) * 0.05).requires_grad_()
+    y = fp8_linear(x, weight, FP8Weight())
+    upstream = normal((2, tokens, outputs), torch.bfloat16, seed=2) * 1e-6
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), upstream)
+    assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    flat, grad = x.detach().flatten(0, 1), upstream.flatten(0, 1)
+    close(y.flatten(0, 1), seen_by_rows(flat) @ seen_in_blocks(weight.detach()).T, 0.003)  # bfloat16 has 8 bits
+    close(grad_x.flatten(0, 1), seen_by_rows(grad) @ seen_in_blocks(weight.detach()), 0.003)
+    close(grad_weight, seen_by_columns(grad).T @ seen_by_columns(flat), 1e-5)
+    close(y, x.detach().double() @ weight.detach().double().T, 0.06)  # E4M3 has 4 bits
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
+def test_experts_are_those_of_bfloat16_up_to_fp8(shape: MoEShape) -> None:
+    routing = route(shape)
+    gate_up = normal((shape.experts, 2 * shape.width, shape.hidden), torch.float32, seed=1) * 0.1
+    down = normal((shape.experts, shape.hidden, shape.width), torch.float32, seed=2) * 0.1
+    x = normal((shape.tokens, shape.hidden), torch.bfloat16)
+    upstream = normal((shape.tokens, shape.hidden), torch.bfloat16, seed=3)
+
+    def leaves(dtype: torch.dtype) -> list[Tensor]:
+        wide = (x, routing.weights_TK, gate_up, down)
+        return [leaf.to(dtype).requires_grad_() for leaf in wide]
+
+    exact = leaves(torch.float64)
+    expected = routed_experts(exact[0], routing.indices_TK, exact[1], routing.counts_E, exact[2], exact[3])
+    ours = [leaf.clone().requires_grad_() for leaf in (x, routing.weights_TK, gate_up, down)]
+    found = fp8_routed_experts(
+        ours[0], routing.indices_TK, ours[1], routing.counts_E, ours[2], ours[3], FP8Weight(), FP8Weight()
+    )
+    close(found, expected, 0.08)
+    pairs = zip(
+        torch.autograd.grad(found, ours, upstream),
+        torch.autograd.grad(expected, exact, upstream.double()),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        # A few numbers, each a sum of terms of either sign: rounding weighs more than in a large matrix.
+        close(mine, theirs, 0.1 if mine.numel() > 100 else 0.4)
+
+
+def test_a_weight_is_quantised_once_per_change() -> None:
+    weight, kept = normal((1, 128, 128), torch.float32), FP8Weight()
+    first = kept.quantized(weight)
+    assert kept.quantized(weight) is first
+    weight.mul_(2)
+    second = kept.quantized(weight)
+    assert second is not first
+    assert torch.equal(second.scales, 2 * first.scales)
+
+
+def test_a_watch_hears_of_every_operation() -> None:
+    heard: dict[str, tuple[Tensor, Tensor]] = {}
+    weight = (normal((64, 128), torch.float32, seed=1) * 0.1).requires_grad_()
+    x = normal((40, 128), torch.bfloat16).requires_grad_()
+    kept = FP8Weight()
+    kept.watch = lambda name, exact, found: heard.__setitem__(name, (exact, found))
+    y = fp8_linear(x, weight, kept)
+    y.backward(normal((40, 64), torch.bfloat16, seed=2))
+    assert set(heard) == {
+        "weight", "input", "input by columns", "forward", "gradient", "gradient by columns", "dgrad", "wgrad"
+    }  # fmt: skip
+    for name, (exact, found) in heard.items():
+        close(found, exact, 0.06)
+        assert not torch.equal(found, exact), name
+    assert torch.equal(heard["forward"][1], y.detach().float())
