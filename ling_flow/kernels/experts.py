@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ling_flow.kernels.experts_triton import routed_experts_triton
 from ling_flow.kernels.swiglu import swiglu_backward, swiglu_forward
 
 # bfloat16 products are compiled per shape by the CPU library, which costs milliseconds and is remembered for some
@@ -24,6 +25,8 @@ def routed_experts(
     x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     """Weighted sum (T, D) of the chosen experts' outputs. `counts_E[e]` is the number of rows routed to expert e."""
+    if x_TD.is_cuda and x_TD.dtype != torch.float64:
+        return routed_experts_triton(x_TD, indices_TK, weights_TK, counts_E, gate_up_E2FD, down_EDF)
     return _RoutedExperts.apply(x_TD, indices_TK, weights_TK, counts_E, gate_up_E2FD, down_EDF)
 
 

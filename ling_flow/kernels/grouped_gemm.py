@@ -39,17 +39,22 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# The first is used; the others are for a sweep on a GPU. By bytes per value, then kernel. 128×256 sums take 128
-# registers of each of 256 threads, and 48 KB a stage; it moves a quarter less through shared memory and L2 than
-# 128×128, of which two blocks fit a multiprocessor.
+# By bytes per value. The first is used; the others are for a sweep on a GPU. 128×256 sums take 128 registers of each of
+# 256 threads, and their operands 48 KB a stage; a quarter less goes through L2 than with 128×128. Where rows are looked
+# up within the loop, the look-up takes half of the stages. With few rows an expert, a gradient of weights is mostly its
+# own writing: two blocks of 4 warps fit a multiprocessor, and one reads while the other writes. What is added to a sum
+# in memory needs registers for it.
 ROWS_TILES = {
     2: (Tiles(256, 64, 8, 4), Tiles(256, 64, 8, 3), Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 4)),
     4: (Tiles(128, 32, 8, 3),),
 }
 WEIGHTS_TILES = {
-    2: (Tiles(256, 64, 8, 3), Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 4)),
+    2: (Tiles(256, 64, 8, 5), Tiles(256, 64, 8, 4), Tiles(128, 64, 8, 5)),
     4: (Tiles(128, 32, 8, 3),),
 }
+FEW_ROWS = 512  # or fewer an expert, on average
+FEW_ROWS_TILES = {2: (Tiles(128, 64, 4, 5), Tiles(128, 64, 8, 5)), 4: (Tiles(128, 32, 8, 3),)}
+ADDED_TILES = {2: (Tiles(128, 64, 8, 5),), 4: (Tiles(128, 32, 8, 3),)}
 GROUP = 8  # tiles of rows whose programs are numbered together
 
 
@@ -166,6 +171,8 @@ def _grouped_mm(left: Tensor, right: Tensor, row_map: RowMap) -> Tensor:
 
 
 def _looked_up(x: Tensor, row_map: RowMap) -> Tensor:
+    if not len(x):
+        return x.new_zeros(row_map.rows, x.shape[1])
     return x.index_select(0, row_map.pair_R.clamp(min=0) // row_map.top_k)
 
 
@@ -232,7 +239,9 @@ def grouped_wgrad_triton(
     if out is None:
         out = torch.empty((experts, outputs, inputs), dtype=x.dtype, device=x.device)
     assert out.is_contiguous(), "the gradient is written in place"
-    tiles = tiles or WEIGHTS_TILES[x.element_size()][0]
+    few = row_map.place_TK.numel() <= FEW_ROWS * experts
+    fitting = ADDED_TILES if add else FEW_ROWS_TILES if few else WEIGHTS_TILES
+    tiles = tiles or fitting[x.element_size()][0]
     if out.numel():
         grid = (experts * ceil_div(outputs, TILE) * ceil_div(inputs, tiles.columns),)
         _weights_kernel[grid](
@@ -333,7 +342,8 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
         left = tl.load(grad + grad_row[:, None] * outputs + a[None, :], mask=real[:, None] & there_a, other=0.0)
         right = tl.load(x + x_row[:, None] * inputs + b[None, :], mask=real[:, None] & there_b, other=0.0)
         acc = _product(tl.trans(left), right, acc, PRECISION)
-    to = out + expert.to(tl.int64) * outputs * inputs + a[:, None].to(tl.int64) * inputs + b[None, :]
+    to = out + (expert.to(tl.int64) * outputs + block_a * BLOCK_A) * inputs + block_b * BLOCK_B
+    to += tl.arange(0, BLOCK_A)[:, None] * inputs + tl.arange(0, BLOCK_B)[None, :]
     inside = tl.trans(there_a) & there_b
     if ADD:
         acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)

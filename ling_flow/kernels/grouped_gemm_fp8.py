@@ -27,10 +27,14 @@ from ling_flow.kernels.fp8 import Quantized, dequantize_rows, transpose_blocks
 from ling_flow.kernels.grouped_gemm import GROUP, Tiles, ordered
 from ling_flow.kernels.row_map import ALIGN, TILE, RowMap
 
-# The first is used; the others are for a sweep on a GPU. Depth is that of a tile of scales. The sums and the partial
-# sums take 128×128 each: 64 and 64 registers of each of 256 threads.
-ROWS_TILES = (Tiles(128, TILE, 8, 4), Tiles(128, TILE, 8, 3), Tiles(128, TILE, 8, 5))
-WEIGHTS_TILES = (Tiles(128, TILE, 8, 3), Tiles(128, TILE, 8, 4))
+# The first is used, or where the columns are no multiple of 256 the second; the others are for a sweep on a GPU. Depth
+# is that of a tile of scales. Sums and partial sums of 128×128 take 64 and 64 registers of each of 256 threads. Of 256
+# columns, one half after the other is added up, by 512 threads with 64 and 32; a quarter less goes through L2.
+ROWS_TILES = (
+    Tiles(2 * TILE, TILE, 16, 4), Tiles(TILE, TILE, 8, 4), Tiles(2 * TILE, TILE, 16, 3), Tiles(TILE, TILE, 8, 3),
+    Tiles(TILE, TILE, 8, 5),
+)  # fmt: skip
+WEIGHTS_TILES = (Tiles(TILE, TILE, 8, 4), Tiles(TILE, TILE, 8, 3), Tiles(TILE, TILE, 8, 5))
 
 
 # The definition, in torch
@@ -132,8 +136,10 @@ def grouped_forward_fp8_triton(
     x: Quantized, w_EAB: Quantized, row_map: RowMap, gather: bool = False, tiles: Tiles | None = None
 ) -> Tensor:
     columns, depth = w_EAB.values.shape[1:]
-    tiles = tiles or ROWS_TILES[0]
-    assert tiles.columns == tiles.depth == TILE, "one scale per block of weights"
+    tiles = tiles or ROWS_TILES[0 if columns % (2 * TILE) == 0 else 1]
+    assert tiles.depth == TILE, "one scale per block of weights"
+    halves = tiles.columns // TILE
+    assert columns % (2 * TILE) == 0 if halves == 2 else halves == 1
     y = torch.empty((row_map.rows, columns), dtype=torch.bfloat16, device=x.values.device)
     row_tiles = len(row_map.tile_rows_M)
     if row_tiles and columns:
@@ -142,7 +148,7 @@ def grouped_forward_fp8_triton(
             x.values, x.scales, w_EAB.values, w_EAB.scales, y, row_map.pair_R, row_map.tile_expert_M,
             row_map.tile_start_M, row_map.tile_rows_M, row_tiles, columns, depth, x.values.shape[0],
             TOP_K=row_map.top_k, GATHER=gather, EVEN_COLUMNS=columns % TILE == 0, EVEN_DEPTH=depth % TILE == 0,
-            GROUP=GROUP, TILE=TILE, num_warps=tiles.warps, num_stages=tiles.stages,
+            WIDE=halves == 2, GROUP=GROUP, TILE=TILE, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y
 
@@ -176,9 +182,11 @@ def grouped_wgrad_fp8_triton(
 def _rows_kernel(  # type: ignore[no-untyped-def]
     x, x_scales, w, w_scales, y, pair_R, tile_expert_M, tile_start_M, tile_rows_M, row_tiles, columns, depth, rows,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    GROUP: tl.constexpr, TILE: tl.constexpr,
+    WIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    tile, block = ordered(tl.program_id(0), row_tiles, tl.cdiv(columns, TILE), GROUP)
+    BLOCKS: tl.constexpr = 2 if WIDE else 1  # of weights that a program reads at a step
+    tile, block = ordered(tl.program_id(0), row_tiles, tl.cdiv(columns, BLOCKS * TILE), GROUP)
+    block *= BLOCKS
     count = tl.load(tile_rows_M + tile)
     if count == 0:
         return
@@ -188,32 +196,42 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     # Where there is no row, the tile's first is read and its product not stored: a mask would cost more.
     row = start + tl.where(real, within, 0)
     source = (tl.load(pair_R + row) // TOP_K).to(tl.int64) if GATHER else row
-    column = block * TILE + tl.arange(0, TILE)
-    k = tl.arange(0, TILE)
+    column = block * TILE + within
     expert = tl.load(tile_expert_M + tile).to(tl.int64)
     steps = tl.cdiv(depth, TILE)
-    x_at = x + source[:, None] * depth + k[None, :]
-    w_at = w + expert * columns * depth + block.to(tl.int64) * TILE * depth + within[None, :] * depth + k[:, None]
+    x_at = x + source[:, None] * depth + within[None, :]
+    w_at = w + (expert * columns + block * TILE) * depth + within[None, :] * depth + within[:, None]
     x_scale_at = x_scales + source
     w_scale_at = w_scales + (expert * tl.cdiv(columns, TILE) + block) * steps
     there = (column < columns)[None, :]
     acc = tl.zeros((TILE, TILE), dtype=tl.float32)
+    if WIDE:
+        acc_2 = tl.zeros((TILE, TILE), dtype=tl.float32)
     for step in range(0, steps):
+        inside = within < depth - step * TILE
         if EVEN_DEPTH:
             left = tl.load(x_at)
             right = tl.load(w_at) if EVEN_COLUMNS else tl.load(w_at, mask=there, other=0.0)
         else:
-            inside = k < depth - step * TILE
             left = tl.load(x_at, mask=inside[None, :], other=0.0)
             right = tl.load(w_at, mask=inside[:, None] & there, other=0.0)
-        scale = tl.load(x_scale_at) * tl.load(w_scale_at + step)
-        part = dot(left, right, tl.zeros((TILE, TILE), dtype=tl.float32))
-        acc += part * scale[:, None]
+        x_scale = tl.load(x_scale_at)
+        scale = x_scale * tl.load(w_scale_at + step)
+        acc += dot(left, right, tl.zeros((TILE, TILE), dtype=tl.float32)) * scale[:, None]
+        if WIDE:
+            if EVEN_DEPTH:
+                right = tl.load(w_at + TILE * depth)
+            else:
+                right = tl.load(w_at + TILE * depth, mask=inside[:, None], other=0.0)
+            scale = x_scale * tl.load(w_scale_at + steps + step)
+            acc_2 += dot(left, right, tl.zeros((TILE, TILE), dtype=tl.float32)) * scale[:, None]
         x_at += TILE
         w_at += TILE
         x_scale_at += rows
     to = y + start * columns + within[:, None] * columns + column[None, :]
     tl.store(to, narrow(acc, y.dtype.element_ty), mask=real[:, None] & there)
+    if WIDE:
+        tl.store(to + TILE, narrow(acc_2, y.dtype.element_ty), mask=real[:, None])
 
 
 @jit
@@ -248,7 +266,8 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
         x_at += TILE
         grad_scale_at += outputs
         x_scale_at += inputs
-    to = out + expert.to(tl.int64) * outputs * inputs + a[:, None].to(tl.int64) * inputs + b[None, :]
+    to = out + (expert.to(tl.int64) * outputs + block_a * TILE) * inputs + block_b * TILE
+    to += within[:, None] * inputs + within[None, :]
     inside = there_a[:, None] & there_b[None, :]
     if ADD:
         acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)

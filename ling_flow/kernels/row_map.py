@@ -25,7 +25,7 @@ from ling_flow.kernels._triton import ceil_div, jit, next_power_of_2, tl
 
 ALIGN = 16  # rows of an expert begin at a multiple of this
 TILE = 128  # rows of a tile: of the matrix products, and of FP8 scales along the rows
-MASK = 8192  # (token, expert) pairs that a program of the map's kernels holds at a time: 64 a thread
+MASK = 8192  # (token, expert) pairs that a program of the map's kernels holds at a time: 32 a thread
 
 
 @dataclass(frozen=True)
@@ -156,19 +156,19 @@ def row_map_triton(indices_TK: Tensor, counts_E: Tensor) -> RowMap:
     step = max(MASK // width, 1)
     _layout_kernel[(max(ceil_div(tiles, step), 1),)](
         counts_E, found.starts_E, found.tiles_E, found.tile_expert_M, found.tile_start_M, found.tile_rows_M,
-        experts, tiles, E=width, BLOCK=step, ALIGN=ALIGN, TILE=TILE, num_warps=4,
+        experts, tiles, E=width, BLOCK=step, ALIGN=ALIGN, TILE=TILE, num_warps=8,
     )  # fmt: skip
     if tokens:
         blocks = ceil_div(tokens, step)
         counts_BE = ints(blocks + 1, experts)
         counts_BE[0] = 0
         _count_kernel[(blocks,)](
-            indices_TK, counts_BE, tokens, experts, K=top_k, E=width, BLOCK=step, num_warps=4
+            indices_TK, counts_BE, tokens, experts, K=top_k, E=width, BLOCK=step, num_warps=8
         )  # fmt: skip
         earlier_BE = counts_BE.cumsum(0, dtype=torch.int32)
         _place_kernel[(blocks,)](
             indices_TK, earlier_BE, found.starts_E, found.place_TK, found.pair_R, tokens, experts,
-            K=top_k, E=width, BLOCK=step, num_warps=4,
+            K=top_k, E=width, BLOCK=step, num_warps=8,
         )  # fmt: skip
     return found
 
