@@ -1,5 +1,11 @@
 """Output head and cross-entropy together, a chunk of tokens at a time: the (T, V) logits never exist as a whole.
-Logits are float32.
+
+On a CPU a chunk's logits are widened to float32. On CUDA they stay in the type of the product (bfloat16), every sum
+over them is float32, and a kernel turns them in place into their gradient: read twice, written once. It works on one
+row per multiprocessor at a time, so that the second reading finds the row in the level-2 cache.
+
+Limits of the kernel: logits of float32, bfloat16 or float16, contiguous; finite (a row with NaN or +inf gives NaN);
+targets in the vocabulary; a row of fewer than 2^31 elements.
 
 Shapes: T tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
@@ -12,12 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ling_flow.kernels._triton import jit, narrow, next_power_of_2, tl
+
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}  # logits at a time; on a CPU they should stay in the cache
+BLOCK_V, WARPS = 16384, 32  # of the kernel: 1024 threads of 64 registers fill a multiprocessor, so it holds one row
 
 
-def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """Σ_t -log softmax(head · hidden_t)[targets_t], a float32 scalar. Differentiable in `hidden` and `head`."""
-    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T)
+def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z: float = 0.0) -> Tensor:
+    """Σ_t -log softmax(head · hidden_t)[targets_t], a float32 scalar. Differentiable in `hidden` and `head`.
+
+    Args:
+        z: adds Σ_t z·logsumexp(head · hidden_t)² (PaLM §5), which keeps the logits from drifting.
+    """
+    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, z)
 
 
 def linear_logprobs(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -33,6 +46,16 @@ def _chunks(hidden_TD: Tensor, head_VD: Tensor) -> Iterator[slice]:
 
 def _logits(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
     return (hidden_CD @ head_VD.T).to(_wide(hidden_CD))
+
+
+def _add_product(sum_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """sum += gradᵀ · hidden."""
+    if not sum_VD.is_cuda:  # addmm_ is up to 4 times as fast where (V, D) is large, and changes bits where it is small
+        sum_VD += grad_CV.T @ hidden_CD
+    elif sum_VD.dtype == hidden_CD.dtype:
+        sum_VD.addmm_(grad_CV.T, hidden_CD)
+    else:
+        torch.addmm(sum_VD, grad_CV.T, hidden_CD, out_dtype=sum_VD.dtype, out=sum_VD)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -53,7 +76,7 @@ def _backward(
     grad_CV = probabilities_CV.to(hidden_CD.dtype)
     # Scaling the (C, D) sides is cheaper than scaling (C, V).
     scaled_CD = hidden_CD if scale_C1 is None else hidden_CD * scale_C1.to(hidden_CD.dtype)
-    grad_head_VD += grad_CV.T @ scaled_CD
+    _add_product(grad_head_VD, grad_CV, scaled_CD)
     grad_CD = grad_CV @ head_VD
     return grad_CD if scale_C1 is None else grad_CD * scale_C1.to(grad_CD.dtype)
 
@@ -61,31 +84,44 @@ def _backward(
 class _LinearCrossEntropy(torch.autograd.Function):
     # The loss is a scalar: its gradient is known up to a factor while the logits are still there.
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z: float) -> Tensor:
         loss = hidden_TD.new_zeros((), dtype=_wide(hidden_TD))
         needs_grad = any(ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD
         grad_head_VD = torch.zeros_like(head_VD, dtype=loss.dtype) if needs_grad else head_VD
         for chunk in _chunks(hidden_TD, head_VD):
             hidden_CD, targets_C1 = hidden_TD[chunk], targets_T[chunk].unsqueeze(1)
+            if hidden_CD.is_cuda:
+                logits_CV = hidden_CD @ head_VD.T
+                logprobs_C, lse_C = cross_entropy_triton_(logits_CV, targets_T[chunk], z, gradient=needs_grad)
+                if needs_grad:
+                    _add_product(grad_head_VD, logits_CV, hidden_CD)
+                    torch.mm(logits_CV, head_VD, out=grad_hidden_TD[chunk])
+                loss -= (logprobs_C - z * lse_C.square()).sum()
+                continue
             logits_CV = _logits(hidden_CD, head_VD)
             logprobs_C1 = logits_CV.gather(1, targets_C1)
             if needs_grad:
                 # One pass with exponentials: the largest probability is exp(largest logit - lse), which gives lse.
                 probabilities_CV = logits_CV.softmax(1)
-                logprobs_C1 -= logits_CV.amax(1, keepdim=True) - probabilities_CV.amax(1, keepdim=True).log_()
+                lse_C1 = logits_CV.amax(1, keepdim=True) - probabilities_CV.amax(1, keepdim=True).log_()
+                if z:
+                    probabilities_CV.mul_(1 + 2 * z * lse_C1)
                 grad_hidden_TD[chunk] = _backward(probabilities_CV, targets_C1, None, hidden_CD, head_VD, grad_head_VD)
             else:
-                logprobs_C1 -= logits_CV.logsumexp(1, keepdim=True)
+                lse_C1 = logits_CV.logsumexp(1, keepdim=True)
+            logprobs_C1 -= lse_C1
             loss -= logprobs_C1.sum()
+            if z:
+                loss += z * lse_C1.square().sum()
         if needs_grad:
             ctx.save_for_backward(grad_hidden_TD, grad_head_VD.to(head_VD.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden_TD, grad_head_VD = ctx.saved_tensors
-        return grad_hidden_TD * grad.to(grad_hidden_TD.dtype), grad_head_VD * grad.to(grad_head_VD.dtype), None
+        return grad_hidden_TD * grad.to(grad_hidden_TD.dtype), grad_head_VD * grad.to(grad_head_VD.dtype), None, None
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -95,6 +131,10 @@ class _LinearLogprobs(torch.autograd.Function):
         lse_T1 = hidden_TD.new_empty((hidden_TD.shape[0], 1), dtype=_wide(hidden_TD))
         logprobs_T1 = torch.empty_like(lse_T1)
         for chunk in _chunks(hidden_TD, head_VD):
+            if hidden_TD.is_cuda:
+                logprobs_C, lse_C = cross_entropy_triton_(hidden_TD[chunk] @ head_VD.T, targets_T[chunk])
+                logprobs_T1[chunk], lse_T1[chunk] = logprobs_C.unsqueeze(1), lse_C.unsqueeze(1)
+                continue
             logits_CV = _logits(hidden_TD[chunk], head_VD)
             lse_T1[chunk] = logits_CV.logsumexp(1, keepdim=True)
             logprobs_T1[chunk] = logits_CV.gather(1, targets_T[chunk].unsqueeze(1)) - lse_T1[chunk]
@@ -107,9 +147,107 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden_TD = torch.empty_like(hidden_TD)
         grad_head_VD = torch.zeros_like(head_VD, dtype=lse_T1.dtype)
         for chunk in _chunks(hidden_TD, head_VD):
+            if hidden_TD.is_cuda:
+                grad_CV = hidden_TD[chunk] @ head_VD.T
+                cross_entropy_gradient_triton_(grad_CV, targets_T[chunk], lse_T1[chunk].squeeze(1), -grad_T[chunk])
+                _add_product(grad_head_VD, grad_CV, hidden_TD[chunk])
+                torch.mm(grad_CV, head_VD, out=grad_hidden_TD[chunk])
+                continue
             probabilities_CV = _logits(hidden_TD[chunk], head_VD).sub_(lse_T1[chunk]).exp_()
             scale_C1, targets_C1 = -grad_T[chunk].unsqueeze(1), targets_T[chunk].unsqueeze(1)
             grad_hidden_TD[chunk] = _backward(
                 probabilities_CV, targets_C1, scale_C1, hidden_TD[chunk], head_VD, grad_head_VD
             )
         return grad_hidden_TD, grad_head_VD.to(head_VD.dtype), None
+
+
+# What happens to a chunk of logits on CUDA
+
+
+def cross_entropy_reference(
+    logits_CV: Tensor, targets_C: Tensor, z: float = 0.0, scale_C: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of both: (log-probabilities of the targets, logsumexp, the gradient in the logits of
+    Σ scale·(-logprob + z·logsumexp²)), float32 or wider; `scale` 1 where there is none."""
+    wide_CV = logits_CV.to(_wide(logits_CV))
+    lse_C = wide_CV.logsumexp(1)
+    grad_CV = (wide_CV - lse_C.unsqueeze(1)).exp() * (1 + 2 * z * lse_C).unsqueeze(1)
+    grad_CV.scatter_add_(1, targets_C.unsqueeze(1), grad_CV.new_full((len(targets_C), 1), -1.0))
+    if scale_C is not None:
+        grad_CV = grad_CV * scale_C.unsqueeze(1)
+    return wide_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1) - lse_C, lse_C, grad_CV
+
+
+def cross_entropy_triton_(
+    logits_CV: Tensor, targets_C: Tensor, z: float = 0.0, gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, logsumexp), float32; with `gradient` the logits become the gradient."""
+    logprobs_C = torch.empty(len(targets_C), dtype=torch.float32, device=logits_CV.device)
+    lse_C = torch.empty_like(logprobs_C)
+    _launch(logits_CV, targets_C, logprobs_C, lse_C, None, z, True, gradient)
+    return logprobs_C, lse_C
+
+
+def cross_entropy_gradient_triton_(logits_CV: Tensor, targets_C: Tensor, lse_C: Tensor, scale_C: Tensor) -> None:
+    """The logits become the gradient, from the logsumexp that was kept."""
+    _launch(logits_CV, targets_C, lse_C, lse_C, scale_C, 0.0, False, True)
+
+
+def _launch(
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    logprobs_C: Tensor,
+    lse_C: Tensor,
+    scale_C: Tensor | None,
+    z: float,
+    statistics: bool,
+    gradient: bool,
+) -> None:
+    rows, columns = logits_CV.shape
+    if not logits_CV.is_contiguous():
+        raise ValueError("the logits must be contiguous")
+    if rows:
+        block = min(BLOCK_V, next_power_of_2(columns))
+        _cross_entropy_kernel[(rows,)](
+            logits_CV, targets_C.contiguous(), logprobs_C, lse_C.contiguous(),
+            lse_C if scale_C is None else scale_C.contiguous(), columns, float(z),
+            STATISTICS=statistics, GRADIENT=gradient, SCALE=scale_C is not None, BLOCK=block,
+            num_warps=max(4, block * WARPS // BLOCK_V),
+        )  # fmt: skip
+
+
+@jit
+def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
+    logits, targets, logprobs, lse, scale, columns, z,
+    STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * columns
+    within = tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    if STATISTICS:
+        chosen = tl.load(logits + target).to(tl.float32)
+        largest = tl.full((), float("-inf"), tl.float32)
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, columns, BLOCK):
+            inside = start + within < columns
+            x = tl.load(logits + start + within, mask=inside, other=0.0).to(tl.float32)
+            x = tl.where(inside, x, float("-inf"))
+            larger = tl.maximum(largest, tl.max(x, 0))
+            sums = sums * tl.exp(largest - larger) + tl.exp(x - larger)
+            largest = larger
+        normaliser = largest + tl.log(tl.sum(sums, 0))
+        tl.store(logprobs + row, chosen - normaliser)
+        tl.store(lse + row, normaliser)
+    else:
+        normaliser = tl.load(lse + row)
+    if GRADIENT:
+        factor = 1.0 + 2.0 * z * normaliser
+        for start in range(0, columns, BLOCK):
+            column = start + within
+            inside = column < columns
+            x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.exp(x - normaliser) * factor - tl.where(column == target, 1.0, 0.0)
+            if SCALE:
+                grad *= tl.load(scale + row)
+            tl.store(logits + column, narrow(grad, logits.dtype.element_ty), mask=inside)

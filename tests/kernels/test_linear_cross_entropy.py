@@ -4,6 +4,7 @@ from torch.nn import functional
 
 from ling_flow.kernels import linear_cross_entropy as module
 from ling_flow.kernels.linear_cross_entropy import linear_cross_entropy, linear_logprobs
+from ling_flow.kernels.shapes import normal
 
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 13
 
@@ -47,3 +48,79 @@ def test_logprobs_and_gradients(inputs: tuple[torch.Tensor, ...]) -> None:
 def test_an_impossible_target_costs_its_logit_and_not_infinity() -> None:
     hidden, head = torch.tensor([[200.0]]).requires_grad_(), torch.tensor([[1.0], [-1.0]])
     assert linear_cross_entropy(hidden, head, torch.tensor([1])).item() == pytest.approx(400.0)
+
+
+@pytest.mark.parametrize("z", [1e-2, 1.0])
+def test_z_loss_and_gradients(inputs: tuple[torch.Tensor, ...], z: float) -> None:
+    hidden, head, targets = inputs
+    logits = hidden @ head.T
+    expected = functional.cross_entropy(logits, targets, reduction="sum") + z * logits.logsumexp(-1).square().sum()
+    upstream = torch.tensor(0.3, dtype=torch.float64)
+    check(linear_cross_entropy(hidden, head, targets, z), expected, (hidden, head), upstream)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, head, targets, z), expected.detach())
+
+
+# The kernel that turns a chunk of logits into its gradient
+
+
+@pytest.mark.parametrize("z", [0.0, 1e-2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 13), (3, 1000), (4, 33000), (1, 1), (0, 100)])
+def test_the_kernel_is_the_definition(
+    shape: tuple[int, int], dtype: torch.dtype, z: float, device: torch.device
+) -> None:
+    logits = normal(shape, dtype, device) * 5
+    targets = torch.randint(shape[1], shape[:1], generator=torch.Generator().manual_seed(0)).to(device)
+    scale = normal(shape[:1], torch.float32, device, seed=1)
+    logprobs, lse, grad = module.cross_entropy_reference(logits.double(), targets, z)
+    found = logits.clone()
+    # Float32 sums of up to 33 000 terms.
+    for mine, theirs in zip(module.cross_entropy_triton_(found, targets, z), (logprobs, lse), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-5)
+    assert torch.equal(found, logits)
+    for mine, theirs in zip(module.cross_entropy_triton_(found, targets, z, True), (logprobs, lse), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-5)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5  # once, to nearest
+    torch.testing.assert_close(found.double(), grad, rtol=rounding, atol=1e-6)
+
+    found = logits.clone()
+    module.cross_entropy_gradient_triton_(found, targets, lse.float(), scale)
+    grad = module.cross_entropy_reference(logits.double(), targets, 0.0, scale.double())[2]
+    torch.testing.assert_close(found.double(), grad, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_the_kernel_keeps_large_logits_and_shows_bad_ones(device: torch.device) -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, float("nan"), 1.0], [float("inf"), 0.0, 0.0]], device=device)
+    targets = torch.tensor([1, 0, 1], device=device)
+    logprobs, _ = module.cross_entropy_triton_(logits, targets, gradient=True)
+    assert logprobs[0].item() == -2e4
+    assert logits[0].tolist() == [1.0, -1.0, 0.0]
+    assert not logprobs[1:].isfinite().any()
+    assert logits[1:].isnan().any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_whole_on_a_gpu(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the CPU has it from the same numbers; on a CPU this is that path against itself in float64."""
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, device.type, 40 * 512)
+    leaves = [normal(shape, dtype, device, seed).requires_grad_() for seed, shape in enumerate([(100, 64), (512, 64)])]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    targets = torch.randint(512, (100,), generator=torch.Generator().manual_seed(0)).to(device)
+    upstream = normal((100,), torch.float32, device)
+    logits = exact[0] @ exact[1].T
+    expected = functional.cross_entropy(logits, targets, reduction="sum") + 1e-3 * logits.logsumexp(-1).square().sum()
+    logprobs = torch.log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4  # logits and gradients of bfloat16
+    for found, theirs, grad in (
+        (linear_cross_entropy(*leaves, targets, 1e-3), expected, torch.ones((), device=device)),
+        (linear_logprobs(*leaves, targets), logprobs, upstream),
+    ):
+        assert (found.double() - theirs).norm() <= tolerance * theirs.norm()
+        for mine, exactly in zip(
+            torch.autograd.grad(found, leaves, grad),
+            torch.autograd.grad(theirs, exact, grad.double(), True),
+            strict=True,
+        ):
+            assert (mine.double() - exactly).norm() <= tolerance * exactly.norm()
