@@ -20,6 +20,7 @@ class Case:
         check: what `ours` returned against float64, relative error; None where tests alone hold it.
         gate: what is to be reached: ("share", of the floor), ("tflops", ...), or ("ratio", time of the peer named in
             `against` / ours).
+        variants: ours with other tile sizes, by name, for `--sweep`.
         peers: by name; importing a library that is missing raises ModuleNotFoundError, and it is left out.
     """
 
@@ -33,6 +34,7 @@ class Case:
     against: str | None = None
     check: Callable[[], float] | None = None
     peers: Mapping[str, Prepared] = field(default_factory=dict)
+    variants: Mapping[str, Prepared] = field(default_factory=dict)
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
