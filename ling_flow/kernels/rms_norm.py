@@ -1,5 +1,11 @@
 """RMSNorm: mean square and scaling in float32, cast back, then the weight (Ling 2.0 remote code).
 
+On CUDA a row stays in registers. The weight's gradient is summed without atomics: each program adds up a fixed span of
+rows in order, then torch adds the spans.
+
+Limits of the kernels: float32, bfloat16 or float16 (float64 is left to torch); rows of at most 16,384 (wider ones are
+left to torch; above 8,192 the backward kernel spills some 50 bytes a thread).
+
 Shapes: N rows (any leading dimensions), D width.
 """
 
@@ -11,7 +17,14 @@ import torch
 from torch import Tensor
 
 from ling_flow.kernels import fp8
-from ling_flow.kernels.fp8 import Quantized
+from ling_flow.kernels._triton import ceil_div, jit, narrow, next_power_of_2, tl
+from ling_flow.kernels.fp8 import STORED, Quantized, magnitude, scale_and_inverse
+from ling_flow.kernels.row_map import TILE
+
+WIDEST = 16384  # rows that the kernels take
+SPANS = 792  # of rows in the backward pass, at most: 6 programs of 4 warps on each of 132 multiprocessors
+# Elements of a thread in the forward and in the backward pass, and of a program at least.
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS, PROGRAM_ELEMENTS = 16, 16, 2048
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -24,14 +37,22 @@ def rms_norm_quantize(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tenso
 
     Leading dimensions of x count as rows: values (N, D), scales (ceil(D/128), N).
     """
-    y_ND = rms_norm(x_ND, weight_D, eps)
-    return y_ND, fp8.quantize_rows(y_ND.detach().reshape(-1, y_ND.shape[-1]))
+    y_ND, values, scales = _RMSNormQuantize.apply(x_ND, weight_D, eps)
+    return y_ND, Quantized(values, scales)
+
+
+def _on_triton(x_ND: Tensor) -> bool:
+    return x_ND.is_cuda and x_ND.dtype != torch.float64 and x_ND.shape[-1] <= WIDEST
 
 
 class _RMSNorm(torch.autograd.Function):
     # Saves the input and one number per row.
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        if _on_triton(x_ND):
+            y_ND, rstd_N, _ = rms_norm_triton(x_ND, weight_D, eps, quantize=False)
+            ctx.save_for_backward(x_ND, weight_D, rstd_N)
+            return y_ND
         wide_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
         rstd_N1 = torch.linalg.vecdot(wide_ND, wide_ND).div_(x_ND.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x_ND, weight_D, rstd_N1)
@@ -40,6 +61,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight_D, rstd_N1 = ctx.saved_tensors
+        if _on_triton(x_ND):
+            return *rms_norm_backward_triton(grad_ND, x_ND, weight_D, rstd_N1), None
         wide_ND, grad_ND, weight_D = x_ND.to(rstd_N1.dtype), grad_ND.to(rstd_N1.dtype), weight_D.to(rstd_N1.dtype)
         # LayerNorm's fused backward with mean 0 is this one but for the term -rstd·mean(grad·weight), which is put
         # back: a third of the time of the plain formula on a CPU.
@@ -49,3 +72,126 @@ class _RMSNorm(torch.autograd.Function):
         )
         grad_x_ND.addcmul_(rstd_N1, (grad_ND @ weight_D).div_(x_ND.shape[-1]).unsqueeze(-1))
         return grad_x_ND.to(x_ND.dtype), grad_weight_D.to(x_ND.dtype), None
+
+
+class _RMSNormQuantize(_RMSNorm):
+    # The gradient of the FP8 values counts for nothing: they have none.
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if _on_triton(x_ND):
+            y_ND, rstd_N, quantized = rms_norm_triton(x_ND, weight_D, eps, quantize=True)
+            assert quantized is not None
+            ctx.save_for_backward(x_ND, weight_D, rstd_N)
+        else:
+            y_ND = _RMSNorm.forward(ctx, x_ND, weight_D, eps)
+            quantized = fp8.quantize_rows(y_ND.reshape(-1, y_ND.shape[-1]))
+        ctx.mark_non_differentiable(*quantized)
+        return y_ND, *quantized
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+        return _RMSNorm.backward(ctx, grad_ND)
+
+
+# Triton
+
+
+def rms_norm_triton(
+    x_ND: Tensor, weight_D: Tensor, eps: float, quantize: bool
+) -> tuple[Tensor, Tensor, Quantized | None]:
+    """The normalised rows, 1 / root mean square of each (N,), and the rows in FP8."""
+    width = x_ND.shape[-1]
+    x_ND, weight_D = x_ND.contiguous(), weight_D.contiguous()
+    rows = x_ND.numel() // max(width, 1)
+    y_ND, device = torch.empty_like(x_ND), x_ND.device
+    rstd_N = torch.empty(rows, dtype=torch.float32, device=device)
+    quantized = None
+    if quantize:
+        quantized = Quantized(
+            torch.empty((rows, width), dtype=STORED, device=device),
+            torch.empty((ceil_div(width, TILE), rows), dtype=torch.float32, device=device),
+        )
+    if x_ND.numel():
+        block_n, block_d, warps = _block(width, FORWARD_ELEMENTS, TILE if quantize else 16)
+        values, scales = quantized or (y_ND, rstd_N)  # not touched without `quantize`
+        _forward_kernel[(ceil_div(rows, block_n),)](
+            x_ND, weight_D, y_ND, rstd_N, values, scales, rows, width, eps, QUANTIZE=quantize, BLOCK_N=block_n,
+            BLOCK_D=block_d, TILE=TILE, num_warps=warps,
+        )  # fmt: skip
+    return y_ND, rstd_N, quantized
+
+
+def rms_norm_backward_triton(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight."""
+    width, rows = x_ND.shape[-1], len(rstd_N)
+    grad_ND, x_ND, weight_D = grad_ND.contiguous(), x_ND.contiguous(), weight_D.contiguous()
+    grad_x_ND = torch.empty_like(x_ND)
+    if not x_ND.numel():
+        return grad_x_ND, torch.zeros_like(weight_D)
+    block_n, block_d, warps = _block(width, BACKWARD_ELEMENTS, 16)
+    span = ceil_div(ceil_div(rows, block_n), SPANS) * block_n
+    spans = ceil_div(rows, span)
+    partial_SD = torch.empty((spans, width), dtype=torch.float32, device=x_ND.device)
+    _backward_kernel[(spans,)](
+        grad_ND, x_ND, weight_D, rstd_N, grad_x_ND, partial_SD, rows, width, span, BLOCK_N=block_n, BLOCK_D=block_d,
+        num_warps=warps,
+    )  # fmt: skip
+    return grad_x_ND, partial_SD.sum(0).to(weight_D.dtype)
+
+
+def _block(width: int, per_thread: int, least: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program that holds whole rows."""
+    columns = max(next_power_of_2(width), least)
+    rows = max(PROGRAM_ELEMENTS // columns, 1)
+    return rows, columns, min(max(rows * columns // (32 * per_thread), 1), 16)
+
+
+@jit
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    x, weight, y, rstds, values, scales, rows, width, eps,
+    QUANTIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scaling = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 1) / width + eps)
+    tl.store(rstds + row, rstd, mask=row < rows)
+    normal = narrow(wide * rstd[:, None], y.dtype.element_ty).to(tl.float32)
+    found = narrow(normal * scaling[None, :], y.dtype.element_ty)
+    tl.store(y + at, found, mask=inside)
+    if QUANTIZE:
+        wide = tl.reshape(found.to(tl.float32), (BLOCK_N, BLOCK_D // TILE, TILE))
+        scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 2))
+        stored = narrow(tl.reshape(wide * inverse[:, :, None], (BLOCK_N, BLOCK_D)), tl.float8e4nv)
+        tl.store(values + at, stored, mask=inside)
+        tile = tl.arange(0, BLOCK_D // TILE)[None, :]
+        to = scales + tile.to(tl.int64) * rows + row[:, None]
+        tl.store(to, scale, mask=(row < rows)[:, None] & (tile * TILE < width))
+
+
+@jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    grad, x, weight, rstds, grad_x, partial_SD, rows, width, span, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    first = tl.program_id(0) * span
+    column = tl.arange(0, BLOCK_D)
+    there = column < width
+    scaling = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(first, min(first + span, rows), BLOCK_N):
+        row = start + tl.arange(0, BLOCK_N)
+        inside = (row < rows)[:, None] & there[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        rstd = tl.load(rstds + row, mask=row < rows, other=0.0)[:, None]
+        normal = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * rstd
+        slope = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        total += slope * normal
+        slope = slope * scaling[None, :]
+        mean = tl.sum(slope * normal, 1)[:, None] / width
+        tl.store(grad_x + at, narrow((slope - normal * mean) * rstd, grad_x.dtype.element_ty), mask=inside)
+    tl.store(partial_SD + tl.program_id(0).to(tl.int64) * width + column, tl.sum(total, 0), mask=there)

@@ -106,7 +106,7 @@ def swiglu_weighted_forward(z_R2F: Tensor, weights_TK: Tensor | None, row_map: R
 def swiglu_weighted_backward(
     z_R2F: Tensor, grad_h_RF: Tensor, weights_TK: Tensor | None, row_map: RowMap
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `swiglu_weighted`: of z (R, 2F), zero in padding, and of the weights (T, K), float32; None for no weights."""
+    """Gradients of `swiglu_weighted`: of z (R, 2F), zero in padding, and of the weights (T, K), float32, if any."""
     if z_R2F.is_cuda:
         return swiglu_backward_triton(z_R2F, grad_h_RF, weights_TK, row_map)
     return swiglu_weighted_backward_reference(z_R2F, grad_h_RF, weights_TK, row_map)
@@ -122,7 +122,7 @@ def swiglu_quantize(z_R2F: Tensor, weights_TK: Tensor | None, row_map: RowMap, b
 def swiglu_quantize_backward(
     z_R2F: Tensor, grad_h_RF: Tensor, weights_TK: Tensor | None, row_map: RowMap
 ) -> tuple[Quantized, Quantized, Tensor | None]:
-    """The gradient of z in FP8, by rows and by columns, and that of the weights (T, K), float32; None for no weights.
+    """The gradient of z in FP8, by rows and by columns, and that of the weights (T, K), float32, if any.
 
     By rows, padding is undefined.
     """
