@@ -72,8 +72,8 @@ def swiglu_triton(z_R2F: Tensor, weights_TK: Tensor | None = None, row_map: RowM
     if h_RF.numel():
         weights, pair_R = _weights_and_pairs(weights_TK, row_map, z_R2F)
         block_r, block_f, warps = _tile(TILE, width)
-        grid = (ceil_div(width, block_f), ceil_div(rows, block_r))
-        _swiglu_kernel[grid](
+        grid = ceil_div(width, block_f) * ceil_div(rows, block_r)  # one dimension: others are limited
+        _swiglu_kernel[(grid,)](
             z_R2F, weights, pair_R, h_RF, rows, width, WEIGHTED=weights_TK is not None, MAPPED=row_map is not None,
             BLOCK_R=block_r, BLOCK_F=block_f, num_warps=warps,
         )  # fmt: skip
@@ -147,8 +147,9 @@ def _swiglu_kernel(  # type: ignore[no-untyped-def]
     z, weights, pair_R, h, rows, width,
     WEIGHTED: tl.constexpr, MAPPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    parts = tl.cdiv(width, BLOCK_F)
+    row = tl.program_id(0) // parts * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(0) % parts * BLOCK_F + tl.arange(0, BLOCK_F)
     there = (column < width)[None, :]
     read = row < rows
     if MAPPED:

@@ -160,7 +160,8 @@ def swiglu_quantize_triton(z_R2F: Tensor, weights_TK: Tensor | None, row_map: Ro
         scales = torch.empty((ceil_div(width, TILE), rows), dtype=torch.float32, device=device)
         if values.numel():
             block_r, warps = ROWS_TILE
-            _quantize_rows_kernel[ceil_div(width, TILE), ceil_div(rows, block_r)](
+            grid = ceil_div(width, TILE) * ceil_div(rows, block_r)  # one dimension: others are limited
+            _quantize_rows_kernel[(grid,)](
                 z_R2F, weights, row_map.pair_R, values, scales, rows, width, WEIGHTED=weighted, BLOCK_R=block_r,
                 TILE=TILE, num_warps=warps,
             )  # fmt: skip
@@ -237,8 +238,9 @@ def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
     z, weights, pair_R, values, scales, rows, width,
     WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    tiles = tl.cdiv(width, TILE)
+    tile = tl.program_id(0) % tiles
+    row = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tile * TILE + tl.arange(0, TILE)
     there = (column < width)[None, :]
     pair, weight = pairs_and_weights(pair_R, weights, row, row < rows, WEIGHTED)

@@ -132,8 +132,8 @@ def gather_rows_triton(x_TD: Tensor, row_map: RowMap) -> Tensor:
     if rows_RD.numel():
         block_t, block_d, warps = _tile(GATHER_TILE, width)
         padding = ceil_div(row_map.rows, PADDING_ROWS)
-        grid = (ceil_div(width, block_d), padding + ceil_div(tokens, block_t))
-        _gather_kernel[grid](
+        grid = ceil_div(width, block_d) * (padding + ceil_div(tokens, block_t))  # one dimension: others are limited
+        _gather_kernel[(grid,)](
             x_TD, row_map.place_TK, row_map.pair_R, rows_RD, tokens, row_map.rows, width, padding, K=row_map.top_k,
             PADDING_ROWS=PADDING_ROWS, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
@@ -148,8 +148,8 @@ def sum_rows_triton(y_RD: Tensor, row_map: RowMap, weights_TK: Tensor | None = N
         weighted = weights_TK is not None
         weights = sum_TD if weights_TK is None else weights_TK.contiguous()  # not touched without weights
         block_t, block_d, warps = _tile(SUM_TILE, width)
-        grid = (ceil_div(width, block_d), ceil_div(tokens, block_t))
-        _sum_kernel[grid](
+        grid = ceil_div(width, block_d) * ceil_div(tokens, block_t)
+        _sum_kernel[(grid,)](
             y_RD, row_map.place_TK, weights, sum_TD, tokens, width, K=row_map.top_k, WEIGHTED=weighted,
             BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
@@ -199,7 +199,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     x_TD, place_TK, pair_R, rows_RD, tokens, rows, width, padding,
     K: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    first, block = tl.program_id(0) * BLOCK_D, tl.program_id(1)
+    parts = tl.cdiv(width, BLOCK_D)
+    first, block = tl.program_id(0) % parts * BLOCK_D, tl.program_id(0) // parts
     if block < padding:
         _zero_padding(pair_R, rows_RD, block, first, min(first + BLOCK_D, width), rows, width, PADDING_ROWS)
     else:
@@ -218,8 +219,9 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     y_RD, place_TK, weights_TK, sum_TD, tokens, width,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    parts = tl.cdiv(width, BLOCK_D)
+    token = tl.program_id(0) // parts * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(0) % parts * BLOCK_D + tl.arange(0, BLOCK_D)
     real = token < tokens
     inside = real[:, None] & (column < width)[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
