@@ -16,6 +16,7 @@ B blocks of tokens.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,7 @@ def _with_tiles(counts_E: Tensor, starts_E: Tensor, place_TK: Tensor, pair_R: Te
     )
 
 
+@functools.lru_cache(maxsize=16)
 def dense_map(tokens: int, device: torch.device | str) -> RowMap:
     """All tokens in one group, in order: a plain matrix product is a grouped one with this map."""
     counts_E = torch.full((1,), tokens, dtype=torch.int32, device=device)

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ling_flow.kernels import fp8
+from ling_flow.kernels import fp8, fp8_layers
 from ling_flow.kernels.experts import routed_experts
 from ling_flow.kernels.fp8_layers import FP8Weight, fp8_linear, fp8_routed_experts
-from ling_flow.kernels.row_map import dense_map
+from ling_flow.kernels.grouped_gemm_fp8 import grouped_forward_fp8_triton, grouped_wgrad_fp8_triton
+from ling_flow.kernels.row_map import dense_map, row_map_triton
 from ling_flow.kernels.shapes import SMALL, MoEShape, normal, route
+from ling_flow.kernels.swiglu_quantise import swiglu_quantize_backward_triton, swiglu_quantize_triton
+from ling_flow.kernels.unpermute import sum_rows_triton
 
 
 def close(found: Tensor, exact: Tensor, tolerance: float) -> None:
@@ -101,3 +104,54 @@ def test_a_watch_hears_of_every_operation() -> None:
         close(found, exact, 0.06)
         assert not torch.equal(found, exact), name
     assert torch.equal(heard["forward"][1], y.detach().float())
+
+
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would run: every operation of the layers by its Triton kernels."""
+    replaced = {
+        "quantize_rows": fp8.quantize_rows_triton,
+        "quantize_blocks": fp8.quantize_blocks_triton,
+        "quantize_columns": lambda x, where, gather: fp8.quantize_tiles_triton(x, where, gather, by_rows=False)[1],
+        "quantize_rows_and_columns": lambda x, where: fp8.quantize_tiles_triton(x, where, False, by_rows=True),
+        "row_map": row_map_triton,
+        "grouped_forward_fp8": grouped_forward_fp8_triton,
+        "grouped_dgrad_fp8": lambda grad, w, where, gather=False: grouped_forward_fp8_triton(
+            grad, fp8.transpose_blocks_triton(w), where, gather
+        ),
+        "grouped_wgrad_fp8": grouped_wgrad_fp8_triton,
+        "swiglu_quantize": swiglu_quantize_triton,
+        "swiglu_quantize_backward": swiglu_quantize_backward_triton,
+        "sum_rows": sum_rows_triton,
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(fp8_layers, name, function)
+
+
+@pytest.mark.parametrize("shape", [SMALL[1], SMALL[5], SMALL[7]], ids=lambda shape: shape.name)
+def test_kernels_give_what_the_definitions_give(
+    shape: MoEShape, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routing = route(shape, device)
+    gate_up = normal((shape.experts, 2 * shape.width, shape.hidden), torch.float32, device, seed=1) * 0.1
+    down = normal((shape.experts, shape.hidden, shape.width), torch.float32, device, seed=2) * 0.1
+    dense = normal((shape.hidden, shape.hidden), torch.float32, device, seed=4) * 0.1
+    x = normal((shape.tokens, shape.hidden), torch.bfloat16, device)
+    upstream = normal((shape.tokens, shape.hidden), torch.bfloat16, device, seed=3)
+
+    def everything() -> list[Tensor]:
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, routing.weights_TK, gate_up, down, dense)]
+        h = fp8_linear(leaves[0], leaves[4], FP8Weight())
+        y = fp8_routed_experts(
+            h, routing.indices_TK, leaves[1], routing.counts_E, leaves[2], leaves[3], FP8Weight(), FP8Weight()
+        )
+        return [y, *torch.autograd.grad(y, leaves, upstream)]
+
+    expected = everything() if device.type == "cpu" else None
+    by_kernels(monkeypatch)
+    found = everything()
+    if expected is None:
+        assert all(tensor.isfinite().all() for tensor in found)
+        return
+    for mine, theirs in zip(found, expected, strict=True):
+        # Sums in another order change a last bit of bfloat16, and that one a step of FP8.
+        close(mine, theirs, 0.01 if mine.numel() > 100 else 0.05)
