@@ -23,8 +23,9 @@ from ling_flow.kernels.row_map import TILE
 
 WIDEST = 16384  # rows that the kernels take
 SPANS = 792  # of rows in the backward pass, at most: 6 programs of 4 warps on each of 132 multiprocessors
-# Elements of a thread in the forward and in the backward pass, and of a program at least.
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS, PROGRAM_ELEMENTS = 16, 16, 2048
+# (elements of a program at least, of a thread), the first of which is taken.
+FORWARD_TILES = ((2048, 16), (4096, 16), (4096, 32), (1024, 8))
+BACKWARD_TILES = ((2048, 16), (2048, 8), (4096, 16), (1024, 8))
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -99,7 +100,7 @@ class _RMSNormQuantize(_RMSNorm):
 
 
 def rms_norm_triton(
-    x_ND: Tensor, weight_D: Tensor, eps: float, quantize: bool
+    x_ND: Tensor, weight_D: Tensor, eps: float, quantize: bool, tile: tuple[int, int] = FORWARD_TILES[0]
 ) -> tuple[Tensor, Tensor, Quantized | None]:
     """The normalised rows, 1 / root mean square of each (N,), and the rows in FP8."""
     width = x_ND.shape[-1]
@@ -114,7 +115,7 @@ def rms_norm_triton(
             torch.empty((ceil_div(width, TILE), rows), dtype=torch.float32, device=device),
         )
     if x_ND.numel():
-        block_n, block_d, warps = _block(width, FORWARD_ELEMENTS, TILE if quantize else 16)
+        block_n, block_d, warps = _block(tile, width, TILE if quantize else 16)
         values, scales = quantized or (y_ND, rstd_N)  # not touched without `quantize`
         _forward_kernel[(ceil_div(rows, block_n),)](
             x_ND, weight_D, y_ND, rstd_N, values, scales, rows, width, eps, QUANTIZE=quantize, BLOCK_N=block_n,
@@ -123,14 +124,16 @@ def rms_norm_triton(
     return y_ND, rstd_N, quantized
 
 
-def rms_norm_backward_triton(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward_triton(
+    grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, tile: tuple[int, int] = BACKWARD_TILES[0]
+) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight."""
     width, rows = x_ND.shape[-1], len(rstd_N)
     grad_ND, x_ND, weight_D = grad_ND.contiguous(), x_ND.contiguous(), weight_D.contiguous()
     grad_x_ND = torch.empty_like(x_ND)
     if not x_ND.numel():
         return grad_x_ND, torch.zeros_like(weight_D)
-    block_n, block_d, warps = _block(width, BACKWARD_ELEMENTS, 16)
+    block_n, block_d, warps = _block(tile, width, 16)
     span = ceil_div(ceil_div(rows, block_n), SPANS) * block_n
     spans = ceil_div(rows, span)
     partial_SD = torch.empty((spans, width), dtype=torch.float32, device=x_ND.device)
@@ -141,10 +144,11 @@ def rms_norm_backward_triton(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rs
     return grad_x_ND, partial_SD.sum(0).to(weight_D.dtype)
 
 
-def _block(width: int, per_thread: int, least: int) -> tuple[int, int, int]:
+def _block(tile: tuple[int, int], width: int, least: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program that holds whole rows."""
+    elements, per_thread = tile
     columns = max(next_power_of_2(width), least)
-    rows = max(PROGRAM_ELEMENTS // columns, 1)
+    rows = max(elements // columns, 1)
     return rows, columns, min(max(rows * columns // (32 * per_thread), 1), 16)
 
 

@@ -20,9 +20,10 @@ from torch.nn import functional
 from ling_flow.kernels._triton import ceil_div, jit, narrow, next_power_of_2, tl
 from ling_flow.kernels.row_map import RowMap
 
-# Elements of a program, its most columns, and warps: 2 reads of 16 bytes a thread from each operand.
-TILE = (2048, 1024, 4)
-BACKWARD_TILE = (1024, 512, 4)
+# Elements of a program, its most columns, and warps, the first of which is taken: 2 reads of 16 bytes a thread from
+# each operand, backward 1.
+TILES = ((2048, 1024, 4), (1024, 1024, 4), (4096, 1024, 8), (4096, 1024, 4))
+BACKWARD_TILES = ((1024, 512, 4), (2048, 512, 4), (2048, 1024, 8), (512, 512, 2))
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
@@ -64,14 +65,19 @@ class _SwiGLU(torch.autograd.Function):
 # Triton
 
 
-def swiglu_triton(z_R2F: Tensor, weights_TK: Tensor | None = None, row_map: RowMap | None = None) -> Tensor:
+def swiglu_triton(
+    z_R2F: Tensor,
+    weights_TK: Tensor | None = None,
+    row_map: RowMap | None = None,
+    tile: tuple[int, int, int] = TILES[0],
+) -> Tensor:
     """(R, F). With a map, rows of padding are zero; with weights, a row is multiplied by that of its pair."""
     rows, width = len(z_R2F) if row_map is None else row_map.rows, z_R2F.shape[1] // 2
     z_R2F = z_R2F.contiguous()
     h_RF = torch.empty((rows, width), dtype=z_R2F.dtype, device=z_R2F.device)
     if h_RF.numel():
         weights, pair_R = _weights_and_pairs(weights_TK, row_map, z_R2F)
-        block_r, block_f, warps = _tile(TILE, width)
+        block_r, block_f, warps = _tile(tile, width)
         grid = ceil_div(width, block_f) * ceil_div(rows, block_r)  # one dimension: others are limited
         _swiglu_kernel[(grid,)](
             z_R2F, weights, pair_R, h_RF, rows, width, WEIGHTED=weights_TK is not None, MAPPED=row_map is not None,
@@ -81,7 +87,11 @@ def swiglu_triton(z_R2F: Tensor, weights_TK: Tensor | None = None, row_map: RowM
 
 
 def swiglu_backward_triton(
-    z_R2F: Tensor, grad_h_RF: Tensor, weights_TK: Tensor | None = None, row_map: RowMap | None = None
+    z_R2F: Tensor,
+    grad_h_RF: Tensor,
+    weights_TK: Tensor | None = None,
+    row_map: RowMap | None = None,
+    tile: tuple[int, int, int] = BACKWARD_TILES[0],
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of z (R, 2F), zero in padding, and of the weights, float32: None without weights."""
     rows, width = len(z_R2F) if row_map is None else row_map.rows, z_R2F.shape[1] // 2
@@ -91,7 +101,7 @@ def swiglu_backward_triton(
     if grad_z_R2F.numel():
         weights, pair_R = _weights_and_pairs(weights_TK, row_map, z_R2F)
         grad_weights = z_R2F if grad_weights_TK is None else grad_weights_TK
-        block_r, block_f, warps = _tile(BACKWARD_TILE, width)
+        block_r, block_f, warps = _tile(tile, width)
         _swiglu_backward_kernel[(ceil_div(rows, block_r),)](
             z_R2F, grad_h_RF, weights, pair_R, grad_z_R2F, grad_weights, rows, width,
             WEIGHTED=weights_TK is not None, MAPPED=row_map is not None, BLOCK_R=block_r, BLOCK_F=block_f,

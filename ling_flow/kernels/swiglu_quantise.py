@@ -31,8 +31,9 @@ from ling_flow.kernels.swiglu import (
     swiglu_triton,
 )
 
-ROWS_TILE = (16, 4)  # rows and warps of a program of 128 columns
-COLUMNS_TILE = (64, 8)  # columns and warps of a program of 128 rows
+# The first is taken.
+ROWS_TILES = ((16, 4), (32, 4), (8, 4), (32, 8))  # rows and warps of a program of 128 columns
+COLUMNS_TILES = ((64, 8), (64, 16), (32, 4), (128, 16))  # columns and warps of a program of 128 rows
 BACKWARD_WARPS = 16  # of a program of 128 rows and 2 · 128 columns
 
 # The definition, in torch
@@ -150,7 +151,13 @@ class _SwiGLUWeighted(torch.autograd.Function):
 # Triton
 
 
-def swiglu_quantize_triton(z_R2F: Tensor, weights_TK: Tensor | None, row_map: RowMap, by_columns: bool) -> Quantized:
+def swiglu_quantize_triton(
+    z_R2F: Tensor,
+    weights_TK: Tensor | None,
+    row_map: RowMap,
+    by_columns: bool,
+    tile: tuple[int, int] | None = None,
+) -> Quantized:
     rows, width, device = row_map.rows, z_R2F.shape[1] // 2, z_R2F.device
     z_R2F = z_R2F.contiguous()
     weighted = weights_TK is not None
@@ -159,7 +166,7 @@ def swiglu_quantize_triton(z_R2F: Tensor, weights_TK: Tensor | None, row_map: Ro
         values = torch.empty((rows, width), dtype=STORED, device=device)
         scales = torch.empty((ceil_div(width, TILE), rows), dtype=torch.float32, device=device)
         if values.numel():
-            block_r, warps = ROWS_TILE
+            block_r, warps = tile or ROWS_TILES[0]
             grid = ceil_div(width, TILE) * ceil_div(rows, block_r)  # one dimension: others are limited
             _quantize_rows_kernel[(grid,)](
                 z_R2F, weights, row_map.pair_R, values, scales, rows, width, WEIGHTED=weighted, BLOCK_R=block_r,
@@ -168,7 +175,7 @@ def swiglu_quantize_triton(z_R2F: Tensor, weights_TK: Tensor | None, row_map: Ro
         return Quantized(values, scales)
     found = _columns_of(row_map, width, device)
     if z_R2F.numel() and len(row_map.tile_rows_M):
-        block_f, warps = COLUMNS_TILE
+        block_f, warps = tile or COLUMNS_TILES[0]
         _quantize_columns_kernel[ceil_div(width, block_f), len(row_map.tile_rows_M)](
             z_R2F, weights, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, *found, rows, width,
             WEIGHTED=weighted, BLOCK_F=block_f, TILE=TILE, num_warps=warps,

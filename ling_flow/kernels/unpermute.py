@@ -19,11 +19,11 @@ from torch import Tensor
 from ling_flow.kernels._triton import ceil_div, jit, narrow, next_power_of_2, tl
 from ling_flow.kernels.row_map import RowMap
 
-# (tokens, columns, warps) of a program: each of its threads has 2 reads of 16 bytes for each of a token's K rows in
-# flight, which is what a copy at full rate needs, and few enough registers that 8 programs share a multiprocessor.
-GATHER_TILE = (4, 1024, 4)
-SUM_TILE = (2, 1024, 4)
-BACKWARD_TILE = (1, 2048, 4)
+# (tokens, columns, warps) of a program, the first of which is taken: its threads read and write 16 bytes at a time, and
+# need few enough registers that 8 to 12 programs share a multiprocessor.
+GATHER_TILES = ((4, 1024, 4), (2, 1024, 4), (8, 1024, 8), (1, 2048, 4), (4, 2048, 8))
+SUM_TILES = ((2, 1024, 4), (1, 1024, 4), (4, 512, 4), (1, 2048, 8), (1, 2048, 4), (4, 1024, 8))
+BACKWARD_TILES = ((1, 2048, 4), (1, 1024, 4), (1, 2048, 8))
 PADDING_ROWS = 64  # that a program looks through for padding
 
 
@@ -125,12 +125,12 @@ class _WeightedSumRows(torch.autograd.Function):
 # Triton
 
 
-def gather_rows_triton(x_TD: Tensor, row_map: RowMap) -> Tensor:
+def gather_rows_triton(x_TD: Tensor, row_map: RowMap, tile: tuple[int, int, int] = GATHER_TILES[0]) -> Tensor:
     tokens, width = x_TD.shape
     x_TD = x_TD.contiguous()
     rows_RD = torch.empty((row_map.rows, width), dtype=x_TD.dtype, device=x_TD.device)
     if rows_RD.numel():
-        block_t, block_d, warps = _tile(GATHER_TILE, width)
+        block_t, block_d, warps = _tile(tile, width)
         padding = ceil_div(row_map.rows, PADDING_ROWS)
         grid = ceil_div(width, block_d) * (padding + ceil_div(tokens, block_t))  # one dimension: others are limited
         _gather_kernel[(grid,)](
@@ -140,14 +140,16 @@ def gather_rows_triton(x_TD: Tensor, row_map: RowMap) -> Tensor:
     return rows_RD
 
 
-def sum_rows_triton(y_RD: Tensor, row_map: RowMap, weights_TK: Tensor | None = None) -> Tensor:
+def sum_rows_triton(
+    y_RD: Tensor, row_map: RowMap, weights_TK: Tensor | None = None, tile: tuple[int, int, int] = SUM_TILES[0]
+) -> Tensor:
     tokens, width = len(row_map.place_TK), y_RD.shape[1]
     y_RD = y_RD.contiguous()
     sum_TD = torch.empty((tokens, width), dtype=y_RD.dtype, device=y_RD.device)
     if sum_TD.numel():
         weighted = weights_TK is not None
         weights = sum_TD if weights_TK is None else weights_TK.contiguous()  # not touched without weights
-        block_t, block_d, warps = _tile(SUM_TILE, width)
+        block_t, block_d, warps = _tile(tile, width)
         grid = ceil_div(width, block_d) * ceil_div(tokens, block_t)
         _sum_kernel[(grid,)](
             y_RD, row_map.place_TK, weights, sum_TD, tokens, width, K=row_map.top_k, WEIGHTED=weighted,
@@ -157,13 +159,17 @@ def sum_rows_triton(y_RD: Tensor, row_map: RowMap, weights_TK: Tensor | None = N
 
 
 def weighted_sum_rows_backward_triton(
-    grad_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, row_map: RowMap
+    grad_TD: Tensor,
+    y_RD: Tensor,
+    weights_TK: Tensor,
+    row_map: RowMap,
+    tile: tuple[int, int, int] = BACKWARD_TILES[0],
 ) -> tuple[Tensor, Tensor]:
     tokens, width = grad_TD.shape
     grad_TD, y_RD, weights_TK = grad_TD.contiguous(), y_RD.contiguous(), weights_TK.contiguous()
     grad_y_RD, grad_weights_TK = torch.empty_like(y_RD), torch.zeros_like(weights_TK)
     if grad_y_RD.numel():
-        _, block_d, warps = _tile(BACKWARD_TILE, width)
+        _, block_d, warps = _tile(tile, width)
         padding = ceil_div(row_map.rows, PADDING_ROWS)
         _sum_backward_kernel[(padding + tokens,)](
             grad_TD, y_RD, weights_TK, row_map.place_TK, row_map.pair_R, grad_y_RD, grad_weights_TK, row_map.rows,
