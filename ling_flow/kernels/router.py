@@ -1,13 +1,55 @@
 """Group-limited choice of experts (Ling 2.0 §2.2): the best groups by the sum of their two best scores, then the best
 experts in them. And the optional losses on the scores.
 
-Shapes: B sequences, S tokens of one, T tokens, E experts, K chosen, G groups.
+`route` is the whole router: logits, choice, weights, counts; float32 throughout. On CUDA it is `router_triton`, whose
+ties go to the lowest index; here they go as `torch.topk` has it.
+
+Shapes: B sequences, S tokens of one, T tokens, D hidden, E experts, K chosen, G groups.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from ling_flow.kernels.router_triton import route_triton
+
+
+class Routed(NamedTuple):
+    """What the router decided; `weights` and `logits` carry gradients."""
+
+    indices_TK: Tensor  # int64: chosen experts, best first
+    weights_TK: Tensor  # float32
+    logits_TE: Tensor  # float32
+    counts_E: Tensor  # int64: tokens that chose each expert
+
+
+def route(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int, scaling: float
+) -> Routed:
+    """Logits `x · weightᵀ`, the experts with the best biased scores, and their weights.
+
+    Args:
+        weight_ED: float32, or the type of x.
+        bias_E: float32, takes part in the choice alone.
+    """
+    if x_TD.is_cuda:
+        return Routed(*route_triton(x_TD, weight_ED, bias_E, top_k, n_group, topk_group, scaling))
+    return route_reference(x_TD, weight_ED, bias_E, top_k, n_group, topk_group, scaling)
+
+
+def route_reference(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int, scaling: float
+) -> Routed:
+    """The definition."""
+    logits_TE = functional.linear(x_TD.float(), weight_ED.float())
+    scores_TE = logits_TE.sigmoid()
+    indices_TK = choose_experts(scores_TE, bias_E, top_k, n_group, topk_group)
+    counts_E = torch.bincount(indices_TK.flatten(), minlength=len(weight_ED))
+    return Routed(indices_TK, expert_weights(scores_TE, indices_TK, scaling), logits_TE, counts_E)
 
 
 def choose_experts(scores_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
@@ -21,6 +63,19 @@ def choose_experts(scores_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, 
         kept_TG.scatter_(-1, group_scores_TG.topk(topk_group, dim=-1, sorted=False).indices, True)
         biased_TE = grouped_TGM.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
     return biased_TE.topk(top_k, dim=-1).indices
+
+
+def choose_experts_reference(scores_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
+    """`choose_experts` with ties in a fixed order: of equals, groups as well as experts, the lowest index first. What
+    the Triton kernel gives."""
+    biased_TE = scores_TE.detach() + bias_E
+    if topk_group < n_group:
+        grouped_TGM = biased_TE.unflatten(-1, (n_group, -1))
+        group_scores_TG = grouped_TGM.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+        order_TG = group_scores_TG.sort(dim=-1, descending=True, stable=True).indices
+        kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter_(-1, order_TG[..., :topk_group], True)
+        biased_TE = grouped_TGM.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+    return biased_TE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
 
 
 def expert_weights(scores_TE: Tensor, indices_TK: Tensor, scaling: float) -> Tensor:
