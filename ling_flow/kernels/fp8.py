@@ -51,7 +51,7 @@ def _quantize_tiles(wide: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor
 
 
 def quantize_rows_reference(x_MN: Tensor) -> Quantized:
-    rows, columns = x_MN.shape
+    columns = x_MN.shape[1]
     padded = functional.pad(x_MN.float(), (0, -columns % TILE)).unflatten(1, (-1, TILE))
     values, scales = _quantize_tiles(padded, (2,))
     return Quantized(values.flatten(1)[:, :columns].contiguous(), scales.squeeze(2).T.contiguous())
