@@ -15,7 +15,7 @@ from torch.nn import functional
 from ling_flow.kernels.experts import routed_experts
 from ling_flow.kernels.fp8_layers import FP8Weight, fp8_linear, fp8_routed_experts
 from ling_flow.kernels.rms_norm import rms_norm
-from ling_flow.kernels.router import balance_loss, choose_experts, expert_weights, z_loss
+from ling_flow.kernels.router import Routed, balance_loss, route, z_loss
 from ling_flow.kernels.swiglu import swiglu
 from ling_flow.model.config import ModelConfig, RouterLoss
 from ling_flow.model.packing import Packing
@@ -91,15 +91,13 @@ class Gate(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("expert_counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(indices (B, S, K), weights (B, S, K), logits (B, S, E)) of the chosen experts."""
+    def forward(self, x_TD: Tensor) -> Routed:
+        """The experts of each token."""
         config = self.config
-        logits_BSE = functional.linear(x_BSD.float(), self.weight.float())
-        scores_BSE = logits_BSE.sigmoid()
-        indices_BSK = choose_experts(
-            scores_BSE, self.expert_bias, config.num_experts_per_tok, config.n_group, config.topk_group
-        )
-        return indices_BSK, expert_weights(scores_BSE, indices_BSK, config.routed_scaling_factor), logits_BSE
+        return route(
+            x_TD, self.weight, self.expert_bias,
+            config.num_experts_per_tok, config.n_group, config.topk_group, config.routed_scaling_factor,
+        )  # fmt: skip
 
     def report(self, indices_BSK: Tensor, logits_BSE: Tensor, counts_E: Tensor, shared: Forward) -> RouterReport:
         """The counts of the tokens that count (`counts_E` are those of all) and the losses that are wanted."""
@@ -159,10 +157,10 @@ class SparseMoE(nn.Module):
 
     def forward(self, x_BSD: Tensor, shared: Forward) -> tuple[Tensor, RouterReport]:
         """Routed plus shared experts, and what the router did."""
-        indices_BSK, weights_BSK, logits_BSE = self.gate(x_BSD)
-        indices_TK, x_TD = indices_BSK.flatten(0, 1), x_BSD.flatten(0, 1)
-        counts_E = torch.bincount(indices_TK.flatten(), minlength=logits_BSE.shape[-1])
-        y_TD = self.experts(x_TD, indices_TK, weights_BSK.flatten(0, 1), counts_E)
+        x_TD = x_BSD.flatten(0, 1)
+        indices_TK, weights_TK, logits_TE, counts_E = self.gate(x_TD)
+        y_TD = self.experts(x_TD, indices_TK, weights_TK, counts_E)
         if hasattr(self, "shared_experts"):
             y_TD = y_TD + self.shared_experts(x_TD)
+        indices_BSK, logits_BSE = (part.unflatten(0, x_BSD.shape[:2]) for part in (indices_TK, logits_TE))
         return y_TD.view_as(x_BSD), self.gate.report(indices_BSK, logits_BSE, counts_E, shared)
