@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,14 @@ from ling_flow.errors import UserError
 from ling_flow.flow.component import Dataset, Input, Metrics, Model, Output, Resources, Step, component
 from ling_flow.model.config import ModelConfig, RouterLoss
 from ling_flow.scaling.law import Recommendation, ScalingLaw
-from ling_flow.training.settings import CheckpointIndex, FP8Settings, OptimizerSettings, Precision, StageSettings
+from ling_flow.training.settings import (
+    BatchRamp,
+    CheckpointIndex,
+    FP8Settings,
+    OptimizerSettings,
+    Precision,
+    StageSettings,
+)
 
 METRIC_POINTS = 200  # training metrics tracked per stage
 
@@ -27,11 +34,23 @@ class PretrainConfig(StrictModel):
     tokens: int = Field(gt=0, description="training budget of this stage, tokens")
     sequence_length: int = Field(ge=2, description="tokens per sequence; the model's context grows to it")
     mixture: dict[str, float] = Field(min_length=1, description="sampling weight of each corpus source, in any unit")
+    mixture_end: dict[str, float] | None = Field(
+        None, description="weights at the end of the stage, to which the shares move linearly; null: constant"
+    )
+    packing: Literal["stream", "masked_stream", "best_fit"] = Field(
+        "stream",
+        description="stream: documents one after the other, all of a row seen by all of it; masked_stream: documents "
+        "do not see each other; best_fit: also whole wherever they fit, the rest of a row padded",
+    )
     rope_theta: float | None = Field(None, gt=0, description="rotary base of this stage; null: that of `model`")
     learning_rate: float | None = Field(None, gt=0, description="constant learning rate; null: from the scaling law")
     batch_tokens: int | None = Field(
         None, gt=0, description="tokens per step, rounded to whole sequences; null: from the scaling law"
     )
+    batch_tokens_start: int | None = Field(
+        None, gt=0, description="tokens of the first step, if batches grow; rounded to whole sequences"
+    )
+    batch_ramp_tokens: int = Field(0, ge=0, description="tokens over which batches grow linearly to their full size")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up at the start of the first stage")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
     gradient_clip: float = Field(1.0, gt=0, description="largest global L2 norm of the gradient")
@@ -64,8 +83,13 @@ class PretrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if any(weight < 0 for weight in self.mixture.values()) or not sum(self.mixture.values()) > 0:
-            raise ValueError(f"mixture: weights must be 0 or more and not all 0, got {self.mixture}")
+        for field, mixture in (("mixture", self.mixture), ("mixture_end", self.mixture_end)):
+            if mixture is not None and (any(w < 0 for w in mixture.values()) or not sum(mixture.values()) > 0):
+                raise ValueError(f"{field}: weights must be 0 or more and not all 0, got {mixture}")
+        if (self.batch_tokens_start is None) != (self.batch_ramp_tokens == 0):
+            raise ValueError("batch_tokens_start and batch_ramp_tokens must be given together")
+        if self.batch_ramp_tokens > self.tokens:
+            raise ValueError(f"batch_ramp_tokens must be at most tokens ({self.tokens}), got {self.batch_ramp_tokens}")
         if self.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"sequence_length must be at most model.max_position_embeddings "
@@ -125,7 +149,7 @@ def pretrain(
     from ling_flow.training.evaluate import mixture_loss, validation_loss
     from ling_flow.training.fp8 import Safeguard
     from ling_flow.training.loop import StepReport
-    from ling_flow.training.stage import open_stage, run_stage
+    from ling_flow.training.stage import batch_sizes, open_stage, run_stage
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -141,14 +165,17 @@ def pretrain(
         log=step.log,
     )
     run.model.recompute = config.recompute
-    tokens_before = run.state.tokens - run.state.sequences * settings.sequence_length
+    sizes = batch_sizes(settings)
     batches = Batches(
         opened,
         config.mixture,
         settings.sequence_length,
-        settings.sequences_per_batch,
+        sizes,
         config.seed,
-        first_sequence=tokens_before // settings.sequence_length,
+        packing=config.packing,
+        mixture_end=config.mixture_end,
+        sequences=sizes.before(settings.steps),
+        drawn_before=run.state.drawn_before,
     )
 
     def on_step(report: StepReport) -> None:
@@ -200,7 +227,7 @@ def pretrain(
         context_length=run.model.config.max_position_embeddings,
         precision=run.model.config.torch_dtype,
     )
-    stage_tokens = settings.steps * settings.batch_tokens
+    stage_tokens = sizes.before(settings.steps) * settings.sequence_length
     return PretrainResult(
         validation_loss=loss,
         tokens_per_second=stage_tokens / run.state.seconds,
@@ -222,7 +249,15 @@ def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> St
     """
     wanted = config.batch_tokens or recommendation.batch_tokens
     sequences = max(1, round(wanted / config.sequence_length))
-    steps = config.tokens // (sequences * config.sequence_length)
+    ramp, ramp_tokens = None, 0
+    if config.batch_tokens_start is not None:
+        at_start = max(1, round(config.batch_tokens_start / config.sequence_length))
+        # The mean batch of the ramp is half way between its ends.
+        ramp_steps = max(1, round(2 * config.batch_ramp_tokens / ((at_start + sequences) * config.sequence_length)))
+        ramp = BatchRamp(sequences_at_start=at_start, steps=ramp_steps)
+        ramp_tokens = (at_start + sequences) * config.sequence_length * ramp_steps // 2
+    full = max(0, config.tokens - ramp_tokens) // (sequences * config.sequence_length)
+    steps = full + (ramp.steps if ramp is not None else 0)
     if steps < config.checkpoints_kept:
         raise UserError(
             f"pretrain.tokens: {config.tokens} make {steps} steps of {sequences * config.sequence_length} tokens, "
@@ -233,6 +268,7 @@ def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> St
         steps=steps,
         sequence_length=config.sequence_length,
         sequences_per_batch=sequences,
+        batch_ramp=ramp,
         sequences_per_forward=max(1, config.tokens_per_forward // config.sequence_length),
         optimizer=OptimizerSettings(
             learning_rate=config.learning_rate or recommendation.learning_rate,

@@ -1,29 +1,86 @@
 """Batches as a pure function of corpus, mixture, seed and step: no loader state, so resuming is one integer.
 
-A source's stream is cut into windows of S+1 tokens that overlap by one (S tokens to read, S to predict). An epoch
-visits the windows in an order drawn from (seed, source, epoch). Which source a sequence comes from is fixed by a
-periodic pattern that keeps every prefix within one sequence of the mixture.
+Sequences are numbered over the stage. Which source a number is drawn from is a fixed pattern (`data.mixture`); what it
+holds is the next S+1 tokens of that source's shuffled documents (`data.stream`), the last of them the first of the next
+draw, so that an epoch predicts every token once. Any number of workers take rows of the same batch.
 
-Legend: B sequences per batch, S sequence length.
+Legend: B sequences of a batch, S sequence length.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import math
 from collections.abc import Mapping
-from fractions import Fraction
+from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ling_flow.data.corpus import Corpus, Split
+from ling_flow.data.mixture import Interleaving
+from ling_flow.data.stream import PADDING, DocumentStream, PackedDocuments, Row
 from ling_flow.errors import UserError
 
-LONGEST_PERIOD = 16384
-"""Shares of a mixture are exact where they have a common denominator up to this, else rounded to 1/16384."""
+Packing = Literal["stream", "masked_stream", "best_fit"]
+"""How documents fill a row. `stream`: one after the other, cut at its end, all of the row seen by all of it.
+`masked_stream`: the same, but documents do not see each other. `best_fit`: documents whole wherever they fit, not
+seeing each other, the rest of a row padded; where an earlier stage went on is counted in its tokens, not in documents."""
+
+
+class Batch(NamedTuple):
+    """Rows of a step.
+
+    Attributes:
+        tokens: int64 [B, S+1].
+        documents: int64 [B, S+1], the document of each token in its row, -1 in padding; None: a row is one document.
+        sources: the source of each row, as an index into `Batches.sources`.
+    """
+
+    tokens: Tensor
+    documents: Tensor | None = None
+    sources: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+
+    def split(self, rows: int) -> list[Batch]:
+        """In parts of so many rows."""
+        return [
+            Batch(*(None if part is None else part[first : first + rows] for part in self))  # type: ignore[arg-type]
+            for first in range(0, len(self.tokens), rows)
+        ]
+
+    def targets(self) -> int:
+        """Tokens that are predicted: those whose predecessor is in the same document."""
+        if self.documents is None:
+            return self.tokens[:, 1:].numel()
+        same = (self.documents[:, 1:] == self.documents[:, :-1]) & (self.documents[:, 1:] != PADDING)
+        return int(same.sum())
+
+
+class BatchSizes:
+    """Sequences per step: constant, or growing linearly over the first steps of a stage (Ling 2.0 §3.2).
+
+    Args:
+        sequences: B at the end of the ramp.
+        start: B of the first step; None: no ramp.
+        ramp_steps: steps after which B is reached.
+    """
+
+    def __init__(self, sequences: int, start: int | None = None, ramp_steps: int = 0) -> None:
+        ramp = np.arange(ramp_steps) / max(ramp_steps, 1) if start is not None else np.arange(0)
+        self.sequences = sequences
+        self._ramp = np.rint(start + ramp * (sequences - start)).astype(np.int64) if start is not None else ramp
+        self._before = np.concatenate([[0], np.cumsum(self._ramp)]).astype(np.int64)
+
+    def of(self, step: int) -> int:
+        """Sequences of step 0, 1, …"""
+        return int(self._ramp[step]) if step < len(self._ramp) else self.sequences
+
+    def before(self, step: int) -> int:
+        """Sequences of all steps before it."""
+        ramp = len(self._ramp)
+        return int(self._before[min(step, ramp)]) + max(0, step - ramp) * self.sequences
 
 
 class Batches:
@@ -32,10 +89,13 @@ class Batches:
     Args:
         mixture: weight per source, in any unit; sources of weight 0 are left out.
         sequence_length: S, tokens to predict per sequence.
-        first_sequence: number of the first sequence of step 0; a later stage goes on where an earlier one ended.
+        sizes: sequences per step, constant or growing.
+        mixture_end: weights at the end of the stage, to which shares move linearly; None: those of the start.
+        sequences: of the whole stage; needed with `mixture_end`.
+        drawn_before: per source, tokens that earlier stages have read: this one goes on behind them.
 
     Raises:
-        UserError: an unknown source, weights that are no mixture, or a source shorter than one window.
+        UserError: an unknown source, weights that are no mixture, or a source shorter than one sequence.
     """
 
     def __init__(
@@ -43,107 +103,61 @@ class Batches:
         corpus: Corpus,
         mixture: Mapping[str, float],
         sequence_length: int,
-        sequences_per_batch: int,
+        sizes: int | BatchSizes,
         seed: int,
         split: Split = "train",
-        first_sequence: int = 0,
+        *,
+        packing: Packing = "stream",
+        mixture_end: Mapping[str, float] | None = None,
+        sequences: int | None = None,
+        drawn_before: Mapping[str, int] | None = None,
     ) -> None:
-        self.corpus, self.seed = corpus, seed
-        self.sequence_length, self.sequences_per_batch, self.first_sequence = (
-            sequence_length,
-            sequences_per_batch,
-            first_sequence,
-        )
-        for source in mixture:
+        for source in (*mixture, *(mixture_end or {})):
             corpus.require(source)
-        self.sources, periods = mixture_periods(mixture)
-        self._tokens = [corpus.tokens(source, split) for source in self.sources]
-        self._windows = [(len(tokens) - 1) // sequence_length for tokens in self._tokens]
-        for source, tokens, windows in zip(self.sources, self._tokens, self._windows, strict=True):
-            if windows < 1:
+        self.corpus, self.sequence_length, self.packing = corpus, sequence_length, packing
+        self.sizes = BatchSizes(sizes) if isinstance(sizes, int) else sizes
+        self._interleaving = Interleaving(mixture, mixture_end, sequences)
+        self.sources = self._interleaving.sources
+        self._drawn_before = dict(drawn_before or {})
+        self._streams: list[DocumentStream | PackedDocuments] = []
+        for source in self.sources:
+            tokens, offsets = corpus.tokens(source, split), corpus.document_offsets(source, split)
+            if len(tokens) < sequence_length + 1:
                 raise UserError(
                     f"sequence_length: {sequence_length} + 1 tokens do not fit in source '{source}', "
                     f"which has {len(tokens)} {split} tokens"
                 )
-        self._share = periods
-        self._source_at, self._rank_at = interleave(periods)
-        self._order = functools.lru_cache(maxsize=2 * len(self.sources))(self._permutation)
-
-    def batch(self, step: int) -> torch.Tensor:
-        """int64 [B, S+1]: the sequences of `step`, each with the token after its last."""
-        first = self.first_sequence + step * self.sequences_per_batch
-        tokens_BS1 = np.empty((self.sequences_per_batch, self.sequence_length + 1), dtype=np.int64)
-        for row in range(self.sequences_per_batch):
-            source, window = self._place(first + row)
-            begin = window * self.sequence_length
-            tokens_BS1[row] = self._tokens[source][begin : begin + self.sequence_length + 1]
-        return torch.from_numpy(tokens_BS1)
-
-    def place(self, sequence: int) -> tuple[str, int]:
-        """(source, window) that sequence number `sequence`, counted from 0 over the whole run, is read from."""
-        source, window = self._place(sequence)
-        return self.sources[source], window
-
-    def _place(self, sequence: int) -> tuple[int, int]:
-        period, at = divmod(sequence, len(self._source_at))
-        source = int(self._source_at[at])
-        drawn_before = period * self._share[source] + int(self._rank_at[at])
-        epoch, position = divmod(drawn_before, self._windows[source])
-        return source, int(self._order(source, epoch)[position])
-
-    def _permutation(self, source: int, epoch: int) -> npt.NDArray[np.int64]:
-        key = hashlib.sha256(f"{self.seed}/{self.sources[source]}/{epoch}".encode()).digest()
-        return np.random.default_rng(int.from_bytes(key)).permutation(self._windows[source])
-
-
-def mixture_periods(mixture: Mapping[str, float]) -> tuple[list[str], list[int]]:
-    """Sources of positive weight, and how often each occurs in one period of the pattern.
-
-    Raises:
-        UserError: a weight is negative, not finite, or too small to ever be drawn; or all are zero.
-    """
-    for source, weight in mixture.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"mixture.{source}: weight must be a finite number, 0 or more (got {weight})")
-    total = sum(mixture.values())
-    if total <= 0:
-        raise UserError("mixture: at least one source must have a weight above 0")
-    names = [source for source, weight in mixture.items() if weight > 0]
-    shares = [mixture[source] / total for source in names]
-    exact = [Fraction(share).limit_denominator(1000) for share in shares]
-    period = math.lcm(*(share.denominator for share in exact))
-    is_exact = sum(exact) == 1 and all(abs(a - b) < 1e-9 for a, b in zip(exact, shares, strict=True))
-    if is_exact and min(exact) > 0 and period <= LONGEST_PERIOD:
-        return names, [int(share * period) for share in exact]
-    counts = [math.floor(share * LONGEST_PERIOD) for share in shares]
-    by_remainder = sorted(range(len(names)), key=lambda at: counts[at] - shares[at] * LONGEST_PERIOD)
-    for at in by_remainder[: LONGEST_PERIOD - sum(counts)]:
-        counts[at] += 1
-    for source, count in zip(names, counts, strict=True):
-        if count == 0:
-            raise UserError(
-                f"mixture.{source}: its share is below 1/{LONGEST_PERIOD} and would never be drawn; "
-                "raise it or set it to 0"
+            key = f"{seed}/{source}"
+            self._streams.append(
+                PackedDocuments(tokens, offsets, key, sequence_length + 1)
+                if packing == "best_fit"
+                else DocumentStream(tokens, offsets, key)
             )
-    return names, counts
 
+    def batch(self, step: int) -> Batch:
+        """The sequences of a step, counted from the start of the stage."""
+        first = self.sizes.before(step)
+        placed = [self.row(first + row) for row in range(self.sizes.of(step))]
+        documents = None
+        if self.packing != "stream":
+            documents = torch.from_numpy(np.stack([row.documents for _, row in placed]))
+        return Batch(
+            torch.from_numpy(np.stack([row.tokens for _, row in placed])),
+            documents,
+            torch.tensor([source for source, _ in placed]),
+        )
 
-def interleave(counts: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """A pattern of length P = sum(counts) that holds source i `counts[i]` times, every prefix within one of its share.
+    def row(self, sequence: int) -> tuple[int, Row]:
+        """(index of its source, S+1 tokens and their documents) of a sequence, counted from the start of the stage."""
+        source, drawn = self._interleaving.place(sequence)
+        stream, before = self._streams[source], self._drawn_before.get(self.sources[source], 0)
+        if isinstance(stream, PackedDocuments):
+            return source, stream.row(before // self.sequence_length + drawn)
+        return source, stream.read(before + drawn * self.sequence_length, self.sequence_length + 1)
 
-    The j-th occurrence of source i may not come before j·P/counts[i] and must come before (j+1)·P/counts[i]; taking the
-    one with the earliest deadline meets all of them (the Pfair schedule of one resource).
-
-    Returns:
-        source_at [P]: which source; rank_at [P]: how often it occurred before.
-    """
-    period = sum(counts)
-    drawn = [0] * len(counts)
-    source_at = np.empty(period, dtype=np.int64)
-    rank_at = np.empty(period, dtype=np.int64)
-    for slot in range(period):
-        released = [i for i, count in enumerate(counts) if drawn[i] < count and drawn[i] * period // count <= slot]
-        chosen = min(released, key=lambda i: -(-(drawn[i] + 1) * period // counts[i]))
-        source_at[slot], rank_at[slot] = chosen, drawn[chosen]
-        drawn[chosen] += 1
-    return source_at, rank_at
+    def drawn(self, steps: int) -> dict[str, int]:
+        """Tokens read from each source after that many steps of the stage, earlier stages included."""
+        found = dict(self._drawn_before)
+        for source, sequences in self._interleaving.drawn(self.sizes.before(steps)).items():
+            found[source] = found.get(source, 0) + sequences * self.sequence_length
+        return found

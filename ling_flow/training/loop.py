@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ling_flow.data.batches import Batch
 from ling_flow.errors import SystemFault
 from ling_flow.model.config import RouterLoss
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
@@ -25,7 +26,7 @@ MAX_SKIPPED_IN_A_ROW = 5
 class BatchSource(Protocol):
     """`ling_flow.data.batches.Batches`, or anything that gives rows of S+1 tokens as a pure function of the step."""
 
-    def batch(self, step: int) -> Tensor: ...
+    def batch(self, step: int) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class StepReport:
     gradient_norm: float
     learning_rate: float
     load_violation: float
+    sequences: int
     tokens: int
     seconds: float
     skipped: bool
@@ -100,7 +102,7 @@ def train(
     skipped_in_a_row = 0
     for step in range(start_step, steps):
         started = time.perf_counter()
-        tokens_BS1 = batches.batch(step - first_batch_step).to(device)
+        batch = batches.batch(step - first_batch_step).to(device)
         learning_rate = schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -108,7 +110,7 @@ def train(
         every = 0 if safeguard is None else safeguard.settings.watch_every
         watched = safeguard if every and (step + 1) % every == 0 else None
         with contextlib.nullcontext() if watched is None else watched.watching():
-            loss, cross_entropy, mtp_cross_entropy = _accumulate(model, tokens_BS1, sequences_per_forward, router_loss)
+            loss, cross_entropy, mtp_cross_entropy = _accumulate(model, batch, sequences_per_forward, router_loss)
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip)
         skipped = not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm))
         if skipped:
@@ -116,7 +118,7 @@ def train(
             if safeguard is not None and watched is None:  # once more, to see which operation it was
                 watched = safeguard
                 with safeguard.watching():
-                    _accumulate(model, tokens_BS1, sequences_per_forward, router_loss)
+                    _accumulate(model, batch, sequences_per_forward, router_loss)
                 model.update_expert_bias(0.0)
         else:
             optimizer.step()
@@ -133,7 +135,8 @@ def train(
                 gradient_norm=gradient_norm.item(),
                 learning_rate=learning_rate,
                 load_violation=load_violation,
-                tokens=tokens_BS1.shape[0] * (tokens_BS1.shape[1] - 1),
+                sequences=len(batch.tokens),
+                tokens=len(batch.tokens) * (batch.tokens.shape[1] - 1),
                 seconds=time.perf_counter() - started,
                 skipped=skipped,
             )
@@ -149,15 +152,16 @@ def train(
 
 def _accumulate(
     model: BailingMoeV2ForCausalLM,
-    tokens_BS1: Tensor,
+    batch: Batch,
     sequences_per_forward: int | None,
     router_loss: RouterLoss | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward over the batch in parts; returns the batch's mean loss, cross-entropy and MTP cross-entropy."""
-    totals = [torch.zeros((), device=tokens_BS1.device) for _ in range(3)]
-    for part in tokens_BS1.split(sequences_per_forward or tokens_BS1.shape[0]):
-        share = part.shape[0] / tokens_BS1.shape[0]  # rows have equal lengths, so their means weigh by rows
-        output = model.loss(part, router_loss=router_loss)
+    totals = [torch.zeros((), device=batch.tokens.device) for _ in range(3)]
+    targets = batch.targets()
+    for part in batch.split(sequences_per_forward or len(batch.tokens)):
+        share = part.targets() / max(targets, 1)  # a part's loss is a mean over its own targets
+        output = model.loss(part.tokens, documents_BS1=part.documents, router_loss=router_loss)
         (output.loss * share).backward()
         for total, value in zip(totals, output[:3], strict=True):
             total += value.detach() * share

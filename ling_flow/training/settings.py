@@ -48,6 +48,13 @@ class FP8Settings(StrictModel):
     cosine_warning: float = Field(0.99, ge=0, le=1, description="least cosine between high precision and FP8")
 
 
+class BatchRamp(StrictModel):
+    """Batches that grow linearly over the first steps of a stage (Ling 2.0 §3.2)."""
+
+    sequences_at_start: int = Field(gt=0, description="sequences of the first step")
+    steps: int = Field(gt=0, description="steps after which the batch has its full size")
+
+
 class StageSettings(StrictModel):
     """One stage of a constant-rate run."""
 
@@ -55,6 +62,7 @@ class StageSettings(StrictModel):
     steps: int = Field(gt=0, description="optimizer steps of this stage")
     sequence_length: int = Field(gt=1, description="tokens per sequence")
     sequences_per_batch: int = Field(gt=0, description="sequences per optimizer step")
+    batch_ramp: BatchRamp | None = Field(None, description="how the batch grows; null: full from the first step")
     sequences_per_forward: int = Field(
         gt=0, description="sequences per forward pass; the rest by gradient accumulation"
     )
@@ -69,7 +77,7 @@ class StageSettings(StrictModel):
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens per optimizer step."""
+        """Tokens per optimizer step, once the batch has its full size."""
         return self.sequence_length * self.sequences_per_batch
 
     @property
@@ -86,6 +94,8 @@ class TrainingState(StrictModel):
     stage_start: int = Field(ge=0, description="value of `step` at which the stage began")
     tokens: int = Field(ge=0, description="tokens seen since the start of the run")
     sequences: int = Field(ge=0, description="sequences drawn in this stage")
+    drawn_before: dict[str, int] = Field(description="tokens read from each source when the stage began")
+    drawn: dict[str, int] = Field(description="tokens read from each source so far, over all stages")
     skipped_steps: int = Field(ge=0, description="steps of this stage without an update: loss or gradient not finite")
     seconds: float = Field(ge=0, description="time spent in this stage's steps, seconds")
     load_violation: float = Field(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ling_flow.data.batches import Batches, BatchSizes
 from ling_flow.errors import UserError
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.hf import load_pretrained
@@ -25,7 +26,7 @@ from ling_flow.training.checkpoint import (
     verify_checkpoint,
 )
 from ling_flow.training.fp8 import Safeguard, set_precision
-from ling_flow.training.loop import BatchSource, StepReport, train
+from ling_flow.training.loop import StepReport, train
 from ling_flow.training.optimizer import build_optimizer, warmup_then_constant
 from ling_flow.training.settings import CheckpointEntry, StageSettings, TrainingState
 
@@ -69,7 +70,7 @@ def open_stage(
         model = BailingMoeV2ForCausalLM(config)
         model.init_weights(seed)
         model.to(device)
-        return StageRun(model, build_optimizer(model, settings.optimizer), _begin(settings, step=0, tokens=0))
+        return StageRun(model, build_optimizer(model, settings.optimizer), _begin(settings, step=0, tokens=0, drawn={}))
     if resumable is None:
         verify_checkpoint(source)
     model = load_pretrained(source)
@@ -79,7 +80,7 @@ def open_stage(
     state = load_training_state(source, model, optimizer)
     if resumable is None:
         log(f"goes on from {state.stage}: step {state.step:,}, {state.tokens:,} tokens")
-        return StageRun(model, optimizer, _begin(settings, state.step, state.tokens))
+        return StageRun(model, optimizer, _begin(settings, state.step, state.tokens, state.drawn))
     log(f"resumed at step {state.step - state.stage_start:,} of {settings.steps:,}")
     return StageRun(model, optimizer, state)
 
@@ -87,7 +88,7 @@ def open_stage(
 def run_stage(
     run: StageRun,
     directory: Path,
-    batches: BatchSource,
+    batches: Batches,
     settings: StageSettings,
     *,
     tokenizer_dir: Path,
@@ -107,7 +108,8 @@ def run_stage(
             update={
                 "step": report.step,
                 "tokens": state.tokens + report.tokens,
-                "sequences": state.sequences + settings.sequences_per_batch,
+                "sequences": state.sequences + report.sequences,
+                "drawn": batches.drawn(report.step - state.stage_start),
                 "skipped_steps": state.skipped_steps + report.skipped,
                 "seconds": state.seconds + report.seconds,
                 "load_violation": report.load_violation,
@@ -142,13 +144,23 @@ def run_stage(
     return [_entry(path, run.state) for path in list_checkpoints(directory)]
 
 
-def _begin(settings: StageSettings, step: int, tokens: int) -> TrainingState:
+def batch_sizes(settings: StageSettings) -> BatchSizes:
+    """Sequences per step of a stage."""
+    ramp = settings.batch_ramp
+    if ramp is None:
+        return BatchSizes(settings.sequences_per_batch)
+    return BatchSizes(settings.sequences_per_batch, ramp.sequences_at_start, ramp.steps)
+
+
+def _begin(settings: StageSettings, step: int, tokens: int, drawn: dict[str, int]) -> TrainingState:
     return TrainingState(
         stage=settings.stage,
         step=step,
         stage_start=step,
         tokens=tokens,
         sequences=0,
+        drawn_before=drawn,
+        drawn=drawn,
         skipped_steps=0,
         seconds=0,
         load_violation=0,
@@ -158,7 +170,9 @@ def _begin(settings: StageSettings, step: int, tokens: int) -> TrainingState:
 
 def _entry(checkpoint: Path, end: TrainingState) -> CheckpointEntry:
     step = int(checkpoint.name.removeprefix("step-"))
-    tokens = end.tokens - (end.step - step) * end.settings.batch_tokens
+    sizes = batch_sizes(end.settings)
+    later = sizes.before(end.step - end.stage_start) - sizes.before(step - end.stage_start)
+    tokens = end.tokens - later * end.settings.sequence_length
     return CheckpointEntry(directory=checkpoint.name, step=step, tokens=tokens)
 
 

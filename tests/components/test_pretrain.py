@@ -118,16 +118,19 @@ def test_stages_go_on_from_each_other_and_grow_the_context(short, root, inputs):
 def test_a_later_stage_draws_sequences_the_first_did_not(short, root, inputs, monkeypatch):
     from ling_flow.data import batches
 
-    drawn = []
-    original = batches.Batches.batch
+    opened = []
+    original = batches.Batches.__init__
 
-    def record(self, step):
-        drawn.append(self.first_sequence + step * self.sequences_per_batch)
-        return original(self, step)
+    def record(self, *arguments, **options):
+        opened.append(options["drawn_before"])
+        original(self, *arguments, **options)
 
-    monkeypatch.setattr(batches.Batches, "batch", record)
-    pretrain(config(stage="more"), root=root, previous=short.refs["checkpoints"], **inputs)
-    assert drawn == [24, 28, 32, 36, 40, 44]
+    monkeypatch.setattr(batches.Batches, "__init__", record)
+    more = pretrain(config(stage="more"), root=root, previous=short.refs["checkpoints"], **inputs)
+    assert sum(opened[0].values()) == short.result.tokens
+    assert all(drawn % 16 == 0 for drawn in opened[0].values())
+    pretrain(config(stage="yet_more"), root=root, previous=more.refs["checkpoints"], **inputs)
+    assert sum(opened[1].values()) == short.result.tokens + more.result.tokens
 
 
 def test_another_model_or_another_tokenizer_is_refused(short, root, inputs, tmp_path):

@@ -1,5 +1,6 @@
-from collections import Counter, defaultdict
-from fractions import Fraction
+"""Batches: a pure function of the step, whatever the batch size, the restart or the stage before."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -7,14 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ling_flow.data.batches import LONGEST_PERIOD, Batches, interleave, mixture_periods
+from ling_flow.data.batches import Batches, BatchSizes, Packing
 from ling_flow.data.corpus import Corpus
 from ling_flow.errors import UserError
+from tests.data.test_mixture import NAMES, WEIGHTS
 
-NAMES = ["code", "sums", "chat"]
-WEIGHTS = st.fixed_dictionaries(
-    {name: st.sampled_from([0.0, 0.1, 1 / 3, 0.37, 1.0, 2.5, 7.0]) for name in NAMES}
-).filter(lambda mixture: sum(mixture.values()) > 0)
+PACKINGS = st.sampled_from(["stream", "masked_stream", "best_fit"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,111 +22,110 @@ WEIGHTS = st.fixed_dictionaries(
     sequence_length=st.integers(1, 40),
     size=st.integers(1, 9),
     seed=st.integers(0, 2**40),
-    first=st.integers(0, 500),
+    before=st.integers(0, 50_000),
     step=st.integers(0, 10**6),
+    packing=PACKINGS,
 )
 def test_a_batch_is_a_pure_function_of_its_arguments(
-    corpus: Corpus, mixture: dict[str, float], sequence_length: int, size: int, seed: int, first: int, step: int
+    corpus: Corpus,
+    mixture: dict[str, float],
+    sequence_length: int,
+    size: int,
+    seed: int,
+    before: int,
+    step: int,
+    packing: Packing,
 ) -> None:
-    batches = Batches(corpus, mixture, sequence_length, size, seed, first_sequence=first)
+    if packing == "best_fit":
+        step %= 50  # epochs are packed one after the other
+
+    def fresh(sizes: int) -> Batches:
+        drawn_before = dict.fromkeys(NAMES, before)
+        return Batches(corpus, mixture, sequence_length, sizes, seed, packing=packing, drawn_before=drawn_before)
+
+    batches = fresh(size)
     expected = batches.batch(step)
-    assert expected.shape == (size, sequence_length + 1) and expected.dtype == torch.int64
+    assert expected.tokens.shape == (size, sequence_length + 1) and expected.tokens.dtype == torch.int64
+    assert (expected.documents is None) == (packing == "stream")
     batches.batch(step + 1)  # what was read before leaves no trace
-    assert torch.equal(batches.batch(step), expected)
-    # The same sequences in batches of another size: sequence numbers, not steps, decide.
-    one_by_one = Batches(corpus, mixture, sequence_length, 1, seed, first_sequence=first + step * size)
-    assert torch.equal(torch.cat([one_by_one.batch(row) for row in range(size)]), expected)
-
-
-@settings(max_examples=60, deadline=None)
-@given(mixture=WEIGHTS, seed=st.integers(0, 1000))
-def test_every_prefix_is_within_one_sequence_of_the_mixture(
-    corpus: Corpus, mixture: dict[str, float], seed: int
-) -> None:
-    batches = Batches(corpus, mixture, 16, 1, seed)
-    drawn: Counter[str] = Counter()
-    total = sum(mixture.values())
-    for sequence in range(300):
-        drawn[batches.place(sequence)[0]] += 1
-        for name, weight in mixture.items():
-            assert abs(drawn[name] - (sequence + 1) * weight / total) < 1
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
-def test_interleave_is_within_one_of_every_share(counts: list[int]) -> None:
-    source_at, rank_at = interleave(counts)
-    period = sum(counts)
-    drawn = [0] * len(counts)
-    for slot, source in enumerate(source_at):
-        assert rank_at[slot] == drawn[source]
-        drawn[source] += 1
-        assert all(abs(n - Fraction((slot + 1) * count, period)) < 1 for n, count in zip(drawn, counts, strict=True))
-    assert drawn == counts
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=6))
-def test_any_weights_become_shares_of_a_short_period(weights: list[float]) -> None:
-    names, counts = mixture_periods({str(at): weight for at, weight in enumerate(weights)})
-    period = sum(counts)
-    assert len(names) == len(weights) and period <= LONGEST_PERIOD
-    for weight, count in zip(weights, counts, strict=True):
-        assert abs(count / period - weight / sum(weights)) <= 1 / LONGEST_PERIOD
+    assert torch.equal(batches.batch(step).tokens, expected.tokens)
+    # The same sequences in batches of another size: their numbers, not steps, decide.
+    rows = [fresh(1).row(step * size + row) for row in range(size)]
+    assert [row.tokens.tolist() for _, row in rows] == expected.tokens.tolist()
+    assert expected.sources is not None and [source for source, _ in rows] == expected.sources.tolist()
 
 
 @settings(max_examples=25, deadline=None)
-@given(mixture=WEIGHTS, sequence_length=st.integers(20, 60), seed=st.integers(0, 1000), epoch=st.integers(0, 3))
-def test_no_window_twice_in_an_epoch(
-    corpus: Corpus, mixture: dict[str, float], sequence_length: int, seed: int, epoch: int
+@given(mixture=WEIGHTS, sequence_length=st.integers(20, 60), seed=st.integers(0, 1000))
+def test_an_epoch_predicts_every_token_once(
+    corpus: Corpus, mixture: dict[str, float], sequence_length: int, seed: int
 ) -> None:
     batches = Batches(corpus, mixture, sequence_length, 1, seed)
-    windows = {name: (len(corpus.tokens(name)) - 1) // sequence_length for name in NAMES}
-    drawn = defaultdict(list)
-    total, largest = sum(mixture.values()), max(NAMES, key=lambda name: mixture[name] / windows[name])
-    for sequence in range(int((epoch + 1) * windows[largest] * total / mixture[largest]) + 1):
-        name, window = batches.place(sequence)
-        drawn[name].append(window)
-    for name, order in drawn.items():
-        epochs = [order[begin : begin + windows[name]] for begin in range(0, len(order), windows[name])]
-        for visited in epochs:
-            assert len(set(visited)) == len(visited)
-        for complete in epochs[: len(order) // windows[name]]:
-            assert sorted(complete) == list(range(windows[name]))
-    first, second = (drawn[largest][n * windows[largest] : (n + 1) * windows[largest]] for n in (0, 1))
-    assert epoch == 0 or first != second
+    total = sum(mixture.values())
+    lengths = {name: len(corpus.tokens(name)) for name in batches.sources}
+    largest = max(batches.sources, key=lambda name: mixture[name] / lengths[name])
+    read: dict[str, list[int]] = {name: [] for name in batches.sources}
+    for sequence in range(int(lengths[largest] / sequence_length * total / mixture[largest]) + 1):
+        source, row = batches.row(sequence)
+        read[batches.sources[source]] += row.tokens[:-1].tolist()  # the last is the first of the next draw
+    for name, tokens in read.items():
+        epoch = tokens[: lengths[name]]
+        if len(epoch) == lengths[name]:
+            assert Counter(epoch) == Counter(np.asarray(corpus.tokens(name)).tolist())
 
 
-def test_rows_are_windows_of_the_stream_and_an_epoch_predicts_each_token_once(corpus: Corpus) -> None:
-    stream = np.asarray(corpus.tokens("sums"), dtype=np.int64)
-    batches = Batches(corpus, {"sums": 1.0}, 32, 4, seed=7)
-    windows = (len(stream) - 1) // 32
-    predicted = np.zeros(len(stream), dtype=int)
-    for step in range(windows // 4):
-        for row, tokens in enumerate(batches.batch(step)):
-            source, window = batches.place(step * 4 + row)
-            assert source == "sums"
-            assert tokens.tolist() == stream[window * 32 : window * 32 + 33].tolist()
-            predicted[window * 32 + 1 : window * 32 + 33] += 1
-    assert predicted.max() == 1
-    assert predicted.sum() == windows // 4 * 4 * 32
-
-
-def test_a_later_stage_goes_on_where_an_earlier_one_ended(corpus: Corpus) -> None:
+def test_a_later_stage_with_longer_sequences_sees_nothing_again(corpus: Corpus) -> None:
     mixture = {"code": 1.0, "sums": 2.0}
-    whole = Batches(corpus, mixture, 16, 4, seed=3)
-    later = Batches(corpus, mixture, 16, 4, seed=3, first_sequence=20)
-    assert torch.equal(later.batch(2), whole.batch(7))
+    first = Batches(corpus, mixture, 16, 4, seed=3)
+    drawn = first.drawn(20)
+    assert sum(drawn.values()) == 20 * 4 * 16
+    later = Batches(corpus, mixture, 48, 4, seed=3, drawn_before=drawn)
+    whole = Batches(corpus, {"sums": 1.0}, 16, 1, seed=3)
+    at = drawn["sums"] // 16
+    expected = np.concatenate([whole.row(at + part)[1].tokens[:-1] for part in range(3)])
+    source, row = next(found for found in map(later.row, range(9)) if later.sources[found[0]] == "sums")
+    assert later.sources[source] == "sums"
+    assert row.tokens[:-1].tolist() == expected.tolist()
+
+
+def test_documents_of_a_row_are_told_apart(corpus: Corpus) -> None:
+    eos = corpus.tokenizer.eos_id
+    for packing in ("masked_stream", "best_fit"):
+        batch = Batches(corpus, {"sums": 1.0}, 64, 8, seed=0, packing=packing).batch(3)
+        assert batch.documents is not None
+        for tokens, documents in zip(batch.tokens.tolist(), batch.documents.tolist(), strict=True):
+            for at in range(len(tokens) - 1):
+                if documents[at] != -1:
+                    assert (documents[at + 1] != documents[at]) == (tokens[at] == eos)
+        assert batch.targets() < batch.tokens[:, 1:].numel()
+        assert sum(part.targets() for part in batch.split(3)) == batch.targets()
+
+
+@settings(max_examples=60, deadline=None)
+@given(start=st.integers(1, 9), sequences=st.integers(1, 30), ramp=st.integers(1, 12), step=st.integers(0, 40))
+def test_batches_grow_to_their_size(start: int, sequences: int, ramp: int, step: int) -> None:
+    sizes = BatchSizes(sequences, start, ramp)
+    assert sizes.of(0) == start
+    assert sizes.of(ramp) == sequences
+    assert sizes.before(step) == sum(sizes.of(earlier) for earlier in range(step))
+    low, high = min(start, sequences), max(start, sequences)
+    assert low <= sizes.of(step) <= high
+
+
+def test_growing_batches_hold_the_same_sequences(corpus: Corpus) -> None:
+    mixture = {"code": 1.0, "sums": 2.0}
+    growing, plain = Batches(corpus, mixture, 16, BatchSizes(8, 2, 4), seed=3), Batches(corpus, mixture, 16, 1, seed=3)
+    rows = torch.cat([growing.batch(step).tokens for step in range(6)])
+    assert torch.equal(rows, torch.cat([plain.batch(step).tokens for step in range(len(rows))]))
 
 
 def test_seed_and_split_matter(corpus: Corpus) -> None:
     def first(**fields: object) -> torch.Tensor:
-        return Batches(corpus, {"sums": 1.0}, 16, 8, **{"seed": 0, **fields}).batch(0)  # type: ignore[arg-type]
+        return Batches(corpus, {"sums": 1.0}, 16, 8, **{"seed": 0, **fields}).batch(0).tokens  # type: ignore[arg-type]
 
     assert not torch.equal(first(), first(seed=1))
-    held = corpus.tokens("sums", "validation").tobytes()
-    for row in first(split="validation"):
-        assert row.numpy().astype("<u2").tobytes() in held
+    held = set(np.asarray(corpus.tokens("sums", "validation")).tolist())
+    assert set(first(split="validation").flatten().tolist()) <= held
 
 
 @pytest.mark.parametrize(

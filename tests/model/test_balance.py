@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
 
+from ling_flow.data.batches import Batch
 from ling_flow.model.presets import tiny
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.training.loop import train
@@ -50,9 +51,9 @@ class SourceCode:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         self.bytes = np.frombuffer(b"".join(path.read_bytes() for path in files)[:2_000_000], dtype=np.uint8)
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int) -> Batch:
         starts = np.random.default_rng((0, step)).integers(len(self.bytes) - 129, size=2)
-        return torch.from_numpy(np.stack([self.bytes[s : s + 129] for s in starts]).astype(np.int64))
+        return Batch(torch.from_numpy(np.stack([self.bytes[s : s + 129] for s in starts]).astype(np.int64)))
 
 
 def loads_of_a_run(bias_rate: float, steps: int, window: int) -> Tensor:

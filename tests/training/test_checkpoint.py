@@ -27,6 +27,7 @@ def state_at(step):
     return TrainingState(
         stage="short", step=step, stage_start=0, tokens=step * 64, sequences=step * 4,
         skipped_steps=0, seconds=1.5, load_violation=0.25, settings=SETTINGS,
+        drawn_before={}, drawn={"words": step * 64},
     )  # fmt: skip
 
 

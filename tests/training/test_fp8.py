@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
+from ling_flow.data.batches import Batch
 from ling_flow.errors import UserError
 from ling_flow.model.presets import tiny
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
@@ -23,8 +23,8 @@ def model_in(precision: Precision, settings: FP8Settings = FP8Settings()) -> Bai
 
 
 class OneBatch:
-    def batch(self, step: int) -> Tensor:
-        return torch.randint(256, (4, 65), generator=torch.Generator().manual_seed(0))
+    def batch(self, step: int) -> Batch:
+        return Batch(torch.randint(256, (4, 65), generator=torch.Generator().manual_seed(0)))
 
 
 def trained(model: BailingMoeV2ForCausalLM, steps: int, **told: object) -> list[StepReport]:
@@ -61,7 +61,7 @@ def test_precision_can_change_and_float32_is_as_before() -> None:
     plain = BailingMoeV2ForCausalLM(tiny())
     plain.init_weights(0)
     model = model_in("fp8")
-    rows = OneBatch().batch(0)
+    rows = OneBatch().batch(0).tokens
     in_fp8 = model.loss(rows).loss
     set_precision(model, "float32", FP8Settings())
     assert torch.equal(model.loss(rows).loss, plain.loss(rows).loss)
@@ -79,7 +79,7 @@ def test_every_precision_learns_alike() -> None:
 
 def test_weights_and_gradients_stay_float32() -> None:
     model = model_in("fp8")
-    model.loss(OneBatch().batch(0)).loss.backward()
+    model.loss(OneBatch().batch(0).tokens).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
@@ -90,7 +90,7 @@ def test_recomputation_changes_nothing() -> None:
     for recompute in (False, True):
         model = model_in("fp8")
         model.recompute = recompute
-        model.loss(OneBatch().batch(0)).loss.backward()
+        model.loss(OneBatch().batch(0).tokens).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
 

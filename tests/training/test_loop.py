@@ -68,7 +68,7 @@ def test_update_is_clipped_adamw_and_leaves_vectors_undecayed(corpus):
     """The first update, worked out by hand: lr · (sign-like step + decay of matrices)."""
     model = new_model()
     before = weights(model)
-    tokens = Batches(corpus, {"words": 1}, 16, 4, seed=0).batch(0)
+    tokens = Batches(corpus, {"words": 1}, 16, 4, seed=0).batch(0).tokens
     model.loss(tokens).loss.backward()
     norm = torch.sqrt(sum(p.grad.double().square().sum() for p in model.parameters()))
     gradients = {name: p.grad * min(1.0, 0.5 / norm.item()) for name, p in model.named_parameters()}

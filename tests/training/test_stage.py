@@ -5,7 +5,7 @@ from ling_flow.data.batches import Batches
 from ling_flow.errors import UserError
 from ling_flow.model.hf import load_pretrained
 from ling_flow.training.checkpoint import list_checkpoints
-from ling_flow.training.stage import open_stage, run_stage
+from ling_flow.training.stage import batch_sizes, open_stage, run_stage
 from tests.training.micro import micro_model, stage_settings
 
 CPU = torch.device("cpu")
@@ -19,14 +19,13 @@ def run(corpus, directory, settings, config, previous=None, die_after=None, log=
     """Open the stage in `directory` and train it to its end, or until `die_after` steps of it are done."""
     directory.mkdir(exist_ok=True)
     stage = open_stage(directory, settings, config, seed=0, previous=previous, device=CPU, log=log)
-    first = (stage.state.tokens - stage.state.sequences * settings.sequence_length) // settings.sequence_length
     batches = Batches(
         corpus,
         {"words": 1, "numbers": 1},
         settings.sequence_length,
-        settings.sequences_per_batch,
+        batch_sizes(settings),
         0,
-        first_sequence=first,
+        drawn_before=stage.state.drawn_before,
     )
     reports = []
 

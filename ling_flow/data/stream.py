@@ -1,0 +1,126 @@
+"""The tokens of one source, epoch after epoch, each epoch's documents in an order of its own.
+
+Where to go on is one integer, tokens read so far, whatever lengths they were read in: a later stage with longer
+sequences sees none of an epoch again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+PADDING = -1  # document number of no document; that of `model.packing`
+
+
+class Row(NamedTuple):
+    """Tokens [n] and the number of the document that each belongs to [n], from 0, PADDING for none."""
+
+    tokens: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int64]
+
+
+class _Epoch(NamedTuple):
+    order: npt.NDArray[np.int64]  # documents as they come
+    ends: npt.NDArray[np.int64]  # end of each in the epoch, tokens
+
+
+class DocumentStream:
+    """One split of a source as an endless stream.
+
+    Args:
+        tokens: all its documents, one after the other.
+        offsets: where each begins, and the end of the last [documents + 1].
+        key: with the epoch, decides the order.
+    """
+
+    def __init__(self, tokens: npt.NDArray[np.unsignedinteger], offsets: npt.NDArray[np.int64], key: str) -> None:
+        self._tokens, self._offsets, self._key = tokens, np.asarray(offsets), key
+        self._lengths = np.diff(self._offsets)
+        self.length = len(tokens)  # of an epoch, tokens
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> _Epoch:
+        digest = hashlib.sha256(f"{self._key}/{epoch}".encode()).digest()
+        order = np.random.default_rng(int.from_bytes(digest)).permutation(len(self._lengths))
+        return _Epoch(order, np.cumsum(self._lengths[order]))
+
+    def read(self, position: int, count: int) -> Row:
+        """`count` tokens from `position` on, counted over all epochs."""
+        tokens, documents = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        filled = number = 0
+        while filled < count:
+            epoch, at = divmod(position + filled, self.length)
+            order, ends = self._epoch(epoch)
+            place = int(np.searchsorted(ends, at, side="right"))
+            document = int(order[place])
+            begin = int(self._offsets[document + 1]) - (int(ends[place]) - at)
+            take = min(count - filled, int(self._offsets[document + 1]) - begin)
+            tokens[filled : filled + take] = self._tokens[begin : begin + take]
+            documents[filled : filled + take] = number
+            filled, number = filled + take, number + 1
+        return Row(tokens, documents)
+
+
+class PackedDocuments:
+    """The same documents in rows of at most `length` tokens, whole wherever they fit (best-fit decreasing packing).
+
+    A longer document is cut into pieces of `length`. Each epoch packs its own order of documents, `GROUP` pieces at a
+    time, so that neither the order nor the packing needs more than one pass over lengths.
+    """
+
+    GROUP = 4096
+
+    def __init__(
+        self, tokens: npt.NDArray[np.unsignedinteger], offsets: npt.NDArray[np.int64], key: str, length: int
+    ) -> None:
+        self._tokens, self._offsets, self._key, self._length = tokens, np.asarray(offsets), key, length
+        self._epoch = functools.lru_cache(maxsize=2)(self._packed)
+
+    def _packed(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """Rows, each a list of (begin, end) in the tokens."""
+        digest = hashlib.sha256(f"{self._key}/{epoch}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(digest))
+        pieces = []
+        for document in rng.permutation(len(self._offsets) - 1):
+            begin, end = int(self._offsets[document]), int(self._offsets[document + 1])
+            pieces += [(at, min(at + self._length, end)) for at in range(begin, end, self._length)]
+        rows: list[list[tuple[int, int]]] = []
+        for first in range(0, len(pieces), self.GROUP):
+            packed = best_fit([end - begin for begin, end in pieces[first : first + self.GROUP]], self._length)
+            rows += [[pieces[first + piece] for piece in row] for row in packed]
+        return [rows[at] for at in rng.permutation(len(rows))]
+
+    def row(self, number: int) -> Row:
+        """Row `number` of `length` tokens, counted over all epochs; the end is padded."""
+        epoch = 0
+        while number >= len(self._epoch(epoch)):
+            number, epoch = number - len(self._epoch(epoch)), epoch + 1
+        tokens = np.zeros(self._length, dtype=np.int64)
+        documents = np.full(self._length, PADDING, dtype=np.int64)
+        filled = 0
+        for index, (begin, end) in enumerate(self._epoch(epoch)[number]):
+            tokens[filled : filled + end - begin] = self._tokens[begin:end]
+            documents[filled : filled + end - begin] = index
+            filled += end - begin
+        return Row(tokens, documents)
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in rows of at most `capacity`: longest first, each into the fullest row that has room."""
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by room left
+    for index in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        length = lengths[index]
+        room = next((room for room in range(length, capacity + 1) if with_room[room]), None)
+        if room is None:
+            rows.append([index])
+            with_room[capacity - length].append(len(rows) - 1)
+        else:
+            row = with_room[room].pop()
+            rows[row].append(index)
+            with_room[room - length].append(row)
+    return rows
