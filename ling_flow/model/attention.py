@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ling_flow.kernels.attention import cached_attention, causal_attention, packed_attention
-from ling_flow.kernels.rotary import rotate_
+from ling_flow.kernels.qk_norm_rope import qk_norm_rope
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.layers import Linear, RMSNorm
 from ling_flow.model.packing import Packing
@@ -69,16 +69,16 @@ class Attention(nn.Module):
         cache: CacheView | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        qkv_BSXC = self.query_key_value(x_BSD).unflatten(-1, (-1, self.head_dim))
-        query_BSHC, key_BSKC, value_BSKC = qkv_BSXC.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        query_BSHC = rotate_(self.query_layernorm(query_BSHC), *rotary)
-        key_BSKC = rotate_(self.key_layernorm(key_BSKC), *rotary)
+        query_BHSC, key_BKSC, value_BKSC = qk_norm_rope(
+            self.query_key_value(x_BSD), self.query_layernorm.weight, self.key_layernorm.weight, *rotary,
+            self.heads, self.kv_heads, self.query_layernorm.eps, positions_first=packing is not None,
+        )  # fmt: skip
         if packing is not None:
-            out_THC = packed_attention(
-                query_BSHC.flatten(0, 1), key_BSKC.flatten(0, 1), value_BSKC.flatten(0, 1), packing.lengths
+            query_THC, key_TKC, value_TKC = (
+                part.transpose(1, 2).flatten(0, 1) for part in (query_BHSC, key_BKSC, value_BKSC)
             )
+            out_THC = packed_attention(query_THC, key_TKC, value_TKC, packing.lengths)
             return self.dense(out_THC.flatten(1).unflatten(0, x_BSD.shape[:2]))
-        query_BHSC, key_BKSC, value_BKSC = (part.transpose(1, 2) for part in (query_BSHC, key_BSKC, value_BSKC))
         if cache is None:
             out_BHSC = causal_attention(query_BHSC, key_BKSC, value_BKSC)
         else:
