@@ -12,6 +12,7 @@ from ling_flow.errors import UserError
 from ling_flow.flow.component import Dataset, Input, Metrics, Model, Output, Resources, Step, component
 from ling_flow.model.config import ModelConfig, RouterLoss
 from ling_flow.scaling.law import Recommendation, ScalingLaw
+from ling_flow.training.guard import GuardSettings
 from ling_flow.training.settings import (
     BatchRamp,
     CheckpointIndex,
@@ -62,6 +63,7 @@ class PretrainConfig(StrictModel):
         "float32", description="of activations and products; weights, router, loss and optimizer are float32"
     )
     fp8: FP8Settings = Field(FP8Settings(), description="switches of the FP8 recipe, for precision fp8")
+    guard: GuardSettings = Field(GuardSettings(), description="which steps are not taken, and when to roll back")
     checkpoints_saved: int = Field(8, gt=0, description="checkpoints written, evenly spaced, the last at the end")
     checkpoints_kept: int = Field(8, gt=0, description="newest checkpoints kept, for the merge")
     validation_tokens: int = Field(16384, gt=0, description="validation tokens, per source")
@@ -117,7 +119,7 @@ class PretrainResult(StrictModel):
     learning_rate: float = Field(description="constant learning rate")
     batch_tokens: int = Field(description="tokens per step")
     load_violation: float = Field(description="max/mean - 1 of the experts' token counts, last step, mean of layers")
-    skipped_steps: int = Field(description="steps without an update: loss or gradient not finite")
+    skipped_steps: int = Field(description="steps without an update: spikes of loss or gradient")
 
 
 @component(
@@ -180,7 +182,7 @@ def pretrain(
 
     def on_step(report: StepReport) -> None:
         done = report.step - run.state.stage_start
-        text = f"lr {report.learning_rate:.3g}" + (" (skipped: not finite)" if report.skipped else "")
+        text = f"lr {report.learning_rate:.3g}" + (" (skipped: a spike)" if report.skipped else "")
         step.progress(done, settings.steps, text, loss=report.cross_entropy, tokens_per_second=report.tokens_per_second)
         if done % max(1, settings.steps // METRIC_POINTS) == 0 or done == settings.steps:
             step.metrics(
@@ -192,6 +194,10 @@ def pretrain(
                     "learning_rate": report.learning_rate,
                     "load_violation": report.load_violation,
                     "tokens_per_second": report.tokens_per_second,
+                    **{
+                        f"cross_entropy/{batches.sources[source]}": loss
+                        for source, loss in report.source_cross_entropy.items()
+                    },
                 },
                 step=report.step,
             )
@@ -203,7 +209,14 @@ def pretrain(
 
     tokenizer_dir = opened.path / "tokenizer"
     kept = run_stage(
-        run, checkpoints.path, batches, settings, tokenizer_dir=tokenizer_dir, on_step=on_step, on_watch=on_watch
+        run,
+        checkpoints.path,
+        batches,
+        settings,
+        tokenizer_dir=tokenizer_dir,
+        on_step=on_step,
+        on_watch=on_watch,
+        log=step.log,
     )
     losses = validation_loss(
         run.model, opened, settings.sequence_length, config.validation_tokens, sources=batches.sources
@@ -280,6 +293,7 @@ def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> St
         router_loss=config.router_loss,
         precision=config.precision,
         fp8=config.fp8,
+        guard=config.guard,
         checkpoints_saved=config.checkpoints_saved,
         checkpoints_kept=config.checkpoints_kept,
     )

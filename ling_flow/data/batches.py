@@ -24,7 +24,7 @@ from ling_flow.errors import UserError
 Packing = Literal["stream", "masked_stream", "best_fit"]
 """How documents fill a row. `stream`: one after the other, cut at its end, all of the row seen by all of it.
 `masked_stream`: the same, but documents do not see each other. `best_fit`: documents whole wherever they fit, not
-seeing each other, the rest of a row padded; where an earlier stage went on is counted in its tokens, not in documents."""
+seeing each other, the rest of a row padded. A later stage goes on by tokens read: after packing it may meet a document again."""
 
 
 class Batch(NamedTuple):

@@ -24,13 +24,16 @@ CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}  # logits at a time; on a CPU the
 BLOCK_V, WARPS = 16384, 32  # of the kernel: 1024 threads of 64 registers fill a multiprocessor, so it holds one row
 
 
-def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z: float = 0.0, losses_T: Tensor | None = None
+) -> Tensor:
     """Σ_t -log softmax(head · hidden_t)[targets_t], a float32 scalar. Differentiable in `hidden` and `head`.
 
     Args:
         z: adds Σ_t z·logsumexp(head · hidden_t)² (PaLM §5), which keeps the logits from drifting.
+        losses_T: filled with the loss of each token, without z and without a gradient.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, z)
+    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, z, losses_T)
 
 
 def linear_logprobs(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -84,7 +87,9 @@ def _backward(
 class _LinearCrossEntropy(torch.autograd.Function):
     # The loss is a scalar: its gradient is known up to a factor while the logits are still there.
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z: float, losses_T: Tensor | None
+    ) -> Tensor:
         loss = hidden_TD.new_zeros((), dtype=_wide(hidden_TD))
         needs_grad = any(ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD
@@ -98,6 +103,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     _add_product(grad_head_VD, logits_CV, hidden_CD)
                     torch.mm(logits_CV, head_VD, out=grad_hidden_TD[chunk])
                 loss -= (logprobs_C - z * lse_C.square()).sum()
+                if losses_T is not None:
+                    losses_T[chunk] = -logprobs_C
                 continue
             logits_CV = _logits(hidden_CD, head_VD)
             logprobs_C1 = logits_CV.gather(1, targets_C1)
@@ -112,6 +119,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 lse_C1 = logits_CV.logsumexp(1, keepdim=True)
             logprobs_C1 -= lse_C1
             loss -= logprobs_C1.sum()
+            if losses_T is not None:
+                losses_T[chunk] = -logprobs_C1.squeeze(1)
             if z:
                 loss += z * lse_C1.square().sum()
         if needs_grad:
@@ -119,9 +128,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_hidden_TD, grad_head_VD = ctx.saved_tensors
-        return grad_hidden_TD * grad.to(grad_hidden_TD.dtype), grad_head_VD * grad.to(grad_head_VD.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_hidden_TD, grad_head_VD = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        return grad_hidden_TD, grad_head_VD, None, None, None
 
 
 class _LinearLogprobs(torch.autograd.Function):

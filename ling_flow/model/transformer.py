@@ -30,6 +30,7 @@ class LossOutput(NamedTuple):
     cross_entropy: Tensor
     mtp_cross_entropy: Tensor  # sum over the MTP layers
     router: Tensor  # the routers' losses times their coefficients, sum over layers
+    row_cross_entropy_B: Tensor  # mean over each row's targets, NaN where it has none
 
 
 class DecoderLayer(nn.Module):
@@ -228,7 +229,9 @@ class BailingMoeV2ForCausalLM(nn.Module):
         length = tokens_BS1.shape[1] - 1
         shared = self._forward(tokens_BS1[:, :-1], documents_BS1, router_loss)
         h_BSD, router = self._trunk(tokens_BS1[:, :-1], shared)
-        cross_entropy = self._cross_entropy(h_BSD, tokens_BS1[:, 1:], _valid(mask_BS, documents_BS1, 1))
+        valid_BS = _valid(mask_BS, documents_BS1, 1)
+        row_B = torch.empty(len(tokens_BS1), device=h_BSD.device)
+        cross_entropy = self._cross_entropy(h_BSD, tokens_BS1[:, 1:], valid_BS, row_B)
         mtp_cross_entropy = torch.zeros_like(cross_entropy)
         for depth in range(1, min(self.config.num_nextn_predict_layers, length - 1) + 1):
             # The last `depth` positions have no target; attention is causal, so leaving them out changes nothing else.
@@ -248,7 +251,7 @@ class BailingMoeV2ForCausalLM(nn.Module):
             router = router + self._count(layer, report)
             mtp_cross_entropy = mtp_cross_entropy + self._cross_entropy(h_BSD, tokens_BS1[:, depth + 1 :], valid_BS)
         loss = cross_entropy + self.config.mtp_loss_scaling_factor * mtp_cross_entropy + router
-        return LossOutput(loss, cross_entropy.detach(), mtp_cross_entropy.detach(), router.detach())
+        return LossOutput(loss, cross_entropy.detach(), mtp_cross_entropy.detach(), router.detach(), row_B)
 
     def _forward(
         self, inputs_BS: Tensor, documents_BS1: Tensor | None, router_loss: RouterLoss | None, depth: int = 0
@@ -277,13 +280,26 @@ class BailingMoeV2ForCausalLM(nn.Module):
         logprobs_T = linear_logprobs(h_BSD[valid_BS], self.lm_head.weight.to(h_BSD.dtype), tokens_BS1[:, 1:][valid_BS])
         return logprobs_T.new_zeros(valid_BS.shape).masked_scatter(valid_BS, logprobs_T)
 
-    def _cross_entropy(self, h_BSD: Tensor, targets_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """Mean over the counted targets; 0 where there are none. The head is applied to the counted positions alone."""
+    def _cross_entropy(
+        self, h_BSD: Tensor, targets_BS: Tensor, mask_BS: Tensor | None, row_B: Tensor | None = None
+    ) -> Tensor:
+        """Mean over the counted targets; 0 where there are none. The head is applied to the counted positions alone.
+
+        Args:
+            row_B: filled with the mean of each row.
+        """
         if mask_BS is None:
             hidden_TD, targets_T = h_BSD.flatten(0, 1), targets_BS.flatten()
         else:
             hidden_TD, targets_T = h_BSD[mask_BS], targets_BS[mask_BS]
-        loss = linear_cross_entropy(hidden_TD, self.lm_head.weight.to(hidden_TD.dtype), targets_T)
+        losses_T = None if row_B is None else torch.empty(len(targets_T), device=h_BSD.device)
+        loss = linear_cross_entropy(hidden_TD, self.lm_head.weight.to(hidden_TD.dtype), targets_T, losses_T=losses_T)
+        if row_B is not None and losses_T is not None:
+            if mask_BS is None:
+                torch.mean(losses_T.view(targets_BS.shape), 1, out=row_B)
+            else:
+                spread_BS = losses_T.new_zeros(mask_BS.shape).masked_scatter_(mask_BS, losses_T)
+                torch.div(spread_BS.sum(1), mask_BS.sum(1), out=row_B)
         return loss / max(targets_T.numel(), 1)
 
     def _check_length(self, length: int) -> None:

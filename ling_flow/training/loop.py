@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from ling_flow.errors import SystemFault
 from ling_flow.model.config import RouterLoss
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.training.fp8 import Safeguard
-
-MAX_SKIPPED_IN_A_ROW = 5
+from ling_flow.training.guard import GuardSettings, SpikeGuard
 
 
 class BatchSource(Protocol):
@@ -36,9 +35,10 @@ class StepReport:
     Attributes:
         step: steps done since the start of the run, this one included.
         loss, cross_entropy, mtp_cross_entropy: of the batch before the update, nats per token.
+        source_cross_entropy: mean over the rows of each source, by its index in the batches' sources.
         gradient_norm: global L2 norm before clipping.
         load_violation: max(n)/mean(n) − 1 over the experts' token counts, mean over layers.
-        skipped: no update was made, as loss or gradient was not finite.
+        skipped: no update was made: a spike, or a value that is not finite.
     """
 
     step: int
@@ -52,6 +52,7 @@ class StepReport:
     tokens: int
     seconds: float
     skipped: bool
+    source_cross_entropy: dict[int, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,6 +72,8 @@ def train(
     expert_bias_update_rate: float = 1e-3,
     router_loss: RouterLoss | None = None,
     sequences_per_forward: int | None = None,
+    guard: SpikeGuard | None = None,
+    roll_back: Callable[[], int | None] | None = None,
     safeguard: Safeguard | None = None,
     on_watch: Callable[[int, Safeguard], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
@@ -87,6 +90,9 @@ def train(
         first_batch_step: the step that draws batch 0 (where a stage began).
         router_loss: losses on the routers beside that of the tokens; None: none.
         sequences_per_forward: split each batch into forward passes of that many sequences; None: one pass.
+        guard: which steps are not taken; None: those that are not finite.
+        roll_back: puts model, optimizer and guard back to the last good checkpoint and returns its steps done, or None
+            where there is none. Called when too many steps in a row were skipped.
         safeguard: of a model in FP8: watches every `watch_every`-th step, and names what was not finite where a step is
             skipped.
         on_watch: called with the number of steps done after a pass that the safeguard watched.
@@ -94,15 +100,16 @@ def train(
         save: called with the number of steps done, every `save_every` steps counted back from the end, included.
 
     Raises:
-        SystemFault: loss or gradient was not finite for several steps in a row.
+        SystemFault: too many steps in a row were skipped, and no rollback is left.
     """
+    guard = guard or SpikeGuard(GuardSettings(factor=None))
     device = next(model.parameters()).device
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     model.train()
-    skipped_in_a_row = 0
-    for step in range(start_step, steps):
+    step = start_step
+    while step < steps:
         started = time.perf_counter()
-        batch = batches.batch(step - first_batch_step).to(device)
+        batch = batches.batch(step - first_batch_step + guard.state.batches_passed).to(device)
         learning_rate = schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -110,44 +117,56 @@ def train(
         every = 0 if safeguard is None else safeguard.settings.watch_every
         watched = safeguard if every and (step + 1) % every == 0 else None
         with contextlib.nullcontext() if watched is None else watched.watching():
-            loss, cross_entropy, mtp_cross_entropy = _accumulate(model, batch, sequences_per_forward, router_loss)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip)
-        skipped = not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm))
-        if skipped:
+            losses = _accumulate(model, batch, sequences_per_forward, router_loss)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip).item()
+        taken = guard.takes(losses.loss, gradient_norm)
+        if taken:
+            optimizer.step()
+            load_violation = model.update_expert_bias(expert_bias_update_rate)
+        else:
             load_violation = model.update_expert_bias(0.0)  # forget this batch's counts
             if safeguard is not None and watched is None:  # once more, to see which operation it was
                 watched = safeguard
                 with safeguard.watching():
                     _accumulate(model, batch, sequences_per_forward, router_loss)
                 model.update_expert_bias(0.0)
-        else:
-            optimizer.step()
-            load_violation = model.update_expert_bias(expert_bias_update_rate)
-        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if watched is not None and on_watch is not None:
             on_watch(step + 1, watched)
         if on_step is not None:
             report = StepReport(
                 step=step + 1,
-                loss=loss.item(),
-                cross_entropy=cross_entropy.item(),
-                mtp_cross_entropy=mtp_cross_entropy.item(),
-                gradient_norm=gradient_norm.item(),
+                loss=losses.loss,
+                cross_entropy=losses.cross_entropy,
+                mtp_cross_entropy=losses.mtp_cross_entropy,
+                gradient_norm=gradient_norm,
                 learning_rate=learning_rate,
                 load_violation=load_violation,
                 sequences=len(batch.tokens),
                 tokens=len(batch.tokens) * (batch.tokens.shape[1] - 1),
                 seconds=time.perf_counter() - started,
-                skipped=skipped,
+                skipped=not taken,
+                source_cross_entropy=losses.by_source,
             )
             on_step(report)
-        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise SystemFault(
-                f"step {step + 1}: loss ({loss.item():g}) or gradient norm ({gradient_norm.item():g}) was not finite "
-                f"for {skipped_in_a_row} steps in a row; a lower learning rate may help"
-            )
+        if guard.exhausted:
+            back_at = roll_back() if roll_back is not None and guard.may_roll_back else None
+            if back_at is None:
+                raise SystemFault(
+                    f"step {step + 1}: loss ({losses.loss:g}) or gradient norm ({gradient_norm:g}) was not finite or a "
+                    f"spike for {guard.state.skipped_in_a_row} steps in a row; a lower learning rate may help"
+                )
+            step = back_at
+            continue
         if save is not None and save_every and (steps - step - 1) % save_every == 0:
             save(step + 1)
+        step += 1
+
+
+class _Losses(NamedTuple):
+    loss: float
+    cross_entropy: float
+    mtp_cross_entropy: float
+    by_source: dict[int, float]
 
 
 def _accumulate(
@@ -155,14 +174,21 @@ def _accumulate(
     batch: Batch,
     sequences_per_forward: int | None,
     router_loss: RouterLoss | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward over the batch in parts; returns the batch's mean loss, cross-entropy and MTP cross-entropy."""
-    totals = [torch.zeros((), device=batch.tokens.device) for _ in range(3)]
+) -> _Losses:
+    """Backward over the batch in parts; the batch's mean losses."""
+    totals = torch.zeros(3, device=batch.tokens.device)
+    rows: list[Tensor] = []
     targets = batch.targets()
     for part in batch.split(sequences_per_forward or len(batch.tokens)):
         share = part.targets() / max(targets, 1)  # a part's loss is a mean over its own targets
         output = model.loss(part.tokens, documents_BS1=part.documents, router_loss=router_loss)
         (output.loss * share).backward()
-        for total, value in zip(totals, output[:3], strict=True):
-            total += value.detach() * share
-    return totals[0], totals[1], totals[2]
+        totals += torch.stack([output.loss.detach(), output.cross_entropy, output.mtp_cross_entropy]) * share
+        rows.append(output.row_cross_entropy_B)
+    by_source: dict[int, float] = {}
+    if batch.sources is not None:
+        row_B = torch.cat(rows)
+        for source in batch.sources.unique().tolist():
+            by_source[source] = row_B[batch.sources == source].nanmean().item()
+    loss, cross_entropy, mtp_cross_entropy = totals.tolist()
+    return _Losses(loss, cross_entropy, mtp_cross_entropy, by_source)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ling_flow.config import StrictModel, parse
 from ling_flow.errors import UserError
 from ling_flow.model.config import RouterLoss
+from ling_flow.training.guard import GuardSettings, GuardState
 
 INDEX_FILE = "checkpoints.json"
 
@@ -25,6 +26,9 @@ class OptimizerSettings(StrictModel):
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices, per unit of learning rate")
     gradient_clip: float = Field(1.0, gt=0, description="largest global L2 norm of the gradient")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps both moments of matrices in 8 bits, with a float32 scale per block of 256"
+    )
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> Self:
@@ -72,6 +76,7 @@ class StageSettings(StrictModel):
     router_loss: RouterLoss = Field(RouterLoss(), description="optional losses on the routers")
     precision: Precision = Field("float32", description="of activations and products")
     fp8: FP8Settings = Field(FP8Settings(), description="switches of the FP8 recipe")
+    guard: GuardSettings = Field(GuardSettings(), description="which steps are not taken")
     checkpoints_saved: int = Field(gt=0, description="checkpoints written, evenly spaced, the last at the end")
     checkpoints_kept: int = Field(gt=0, description="newest checkpoints kept for merging")
 
@@ -96,11 +101,12 @@ class TrainingState(StrictModel):
     sequences: int = Field(ge=0, description="sequences drawn in this stage")
     drawn_before: dict[str, int] = Field(description="tokens read from each source when the stage began")
     drawn: dict[str, int] = Field(description="tokens read from each source so far, over all stages")
-    skipped_steps: int = Field(ge=0, description="steps of this stage without an update: loss or gradient not finite")
+    skipped_steps: int = Field(ge=0, description="steps of this stage without an update: spikes of loss or gradient")
     seconds: float = Field(ge=0, description="time spent in this stage's steps, seconds")
     load_violation: float = Field(
         description="max/mean - 1 of the experts' token counts in the last step, mean of layers"
     )
+    guard: GuardState = Field(GuardState(), description="what the guard against spikes remembers")
     settings: StageSettings = Field(description="what the stage was told")
 
 

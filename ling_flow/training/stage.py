@@ -26,6 +26,7 @@ from ling_flow.training.checkpoint import (
     verify_checkpoint,
 )
 from ling_flow.training.fp8 import Safeguard, set_precision
+from ling_flow.training.guard import SpikeGuard
 from ling_flow.training.loop import StepReport, train
 from ling_flow.training.optimizer import build_optimizer, warmup_then_constant
 from ling_flow.training.settings import CheckpointEntry, StageSettings, TrainingState
@@ -94,13 +95,16 @@ def run_stage(
     tokenizer_dir: Path,
     on_step: Callable[[StepReport], None],
     on_watch: Callable[[int, Safeguard], None] | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[CheckpointEntry]:
     """Train to the end of the stage, in place; returns the checkpoints kept, oldest first.
 
     Raises:
         UserError: the settings of FP8 do not fit the model.
-        SystemFault: loss or gradient was not finite for several steps in a row.
+        SystemFault: too many steps in a row were not finite or spikes, also after going back to a checkpoint.
     """
+
+    guard = SpikeGuard(settings.guard, run.state.guard)
 
     def count(report: StepReport) -> None:
         state = run.state
@@ -109,10 +113,11 @@ def run_stage(
                 "step": report.step,
                 "tokens": state.tokens + report.tokens,
                 "sequences": state.sequences + report.sequences,
-                "drawn": batches.drawn(report.step - state.stage_start),
+                "drawn": batches.drawn(report.step - state.stage_start + guard.state.batches_passed),
                 "skipped_steps": state.skipped_steps + report.skipped,
                 "seconds": state.seconds + report.seconds,
                 "load_violation": report.load_violation,
+                "guard": guard.state,
             }
         )
         on_step(report)
@@ -120,6 +125,19 @@ def run_stage(
     def save(step: int) -> None:
         save_checkpoint(directory, run.model, run.optimizer, run.state, tokenizer_dir)
         _keep(directory, settings.checkpoints_kept, with_training_state=2)  # one to fall back on
+
+    def roll_back() -> int | None:
+        found = latest_checkpoint(directory, log)
+        if found is None:
+            return None
+        at = run.state.step
+        run.model.load_state_dict(load_pretrained(found).state_dict())
+        run.optimizer.state.clear()
+        before = load_training_state(found, run.model, run.optimizer)
+        log(f"rolled back from step {at:,} to {before.step:,}; the batches between are passed over")
+        guard.rolled_back(before.guard, batches=at - before.step)
+        run.state = before.model_copy(update={"guard": guard.state})
+        return before.step
 
     set_precision(run.model, settings.precision, settings.fp8)
     train(
@@ -134,6 +152,8 @@ def run_stage(
         expert_bias_update_rate=settings.expert_bias_update_rate,
         router_loss=settings.router_loss,
         sequences_per_forward=settings.sequences_per_forward,
+        guard=guard,
+        roll_back=roll_back,
         safeguard=Safeguard(run.model, settings.fp8) if settings.precision == "fp8" else None,
         on_watch=on_watch,
         on_step=count,

@@ -7,7 +7,7 @@ from ling_flow.data.batches import Batches
 from ling_flow.errors import SystemFault
 from ling_flow.model.config import RouterLoss
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
-from ling_flow.training.loop import MAX_SKIPPED_IN_A_ROW, train
+from ling_flow.training.loop import train
 from ling_flow.training.optimizer import build_optimizer, warmup_then_constant
 from ling_flow.training.settings import OptimizerSettings
 from tests.training.micro import micro_model
@@ -173,9 +173,44 @@ def test_counts_of_a_skipped_batch_are_forgotten(corpus):
 
 def test_several_steps_in_a_row_that_are_not_finite_end_the_run(corpus):
     model = new_model()
-    bad = set(range(2, 2 + MAX_SKIPPED_IN_A_ROW))
-    with pytest.raises(SystemFault, match=f"step {1 + max(bad)}: loss .* not finite for 5 steps in a row"):
+    bad = set(range(2, 7))
+    with pytest.raises(SystemFault, match=f"step {1 + max(bad)}: loss .* not finite or a spike for 5 steps in a row"):
         run(corpus, model, steps=20, batches=Poisoned(corpus, model, bad))
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_ends(corpus):
+    model = new_model()
+    asked = []
+    with pytest.raises(SystemFault, match="5 steps in a row"):
+        run(
+            corpus,
+            model,
+            steps=20,
+            batches=Poisoned(corpus, model, set(range(2, 7))),
+            roll_back=lambda: asked.append(1),
+        )
+    assert asked == [1]
+
+
+def test_losses_are_told_per_source(corpus):
+    model = new_model()
+    batches = Batches(corpus, {"words": 3, "numbers": 1}, 16, 4, seed=0)
+    batch = batches.batch(0)
+    expected = {
+        source: model.loss(batch.tokens[batch.sources == source]).cross_entropy.item()
+        for source in batch.sources.unique().tolist()
+    }
+    _, reports = run(corpus, model, steps=1, sequences_per_forward=3)
+    assert reports[0].source_cross_entropy == pytest.approx(expected, rel=1e-5)
+    assert set(reports[0].source_cross_entropy) == {0, 1}
+
+
+def test_masked_rows_in_parts_give_the_loss_of_the_whole(corpus):
+    for packing in ("masked_stream", "best_fit"):
+        batches = Batches(corpus, {"words": 1}, 24, 6, seed=0, packing=packing)
+        whole, parts = (run(corpus, steps=2, batches=batches, sequences_per_forward=rows)[1] for rows in (None, 4))
+        for one, other in zip(whole, parts, strict=True):
+            assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-5)
 
 
 def test_schedule_warms_up_once_and_then_stays():
