@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.kernel_cases import Case, Prepared, relative_error
-from ling_flow.kernels import embedding, rms_norm, swiglu, swiglu_quantise, unpermute
+from ling_flow.kernels import embedding, fp8, rms_norm, swiglu, swiglu_quantise, unpermute
 from ling_flow.kernels.row_map import RowMap, row_map
 from ling_flow.kernels.shapes import PUBLISHED, MoEShape, normal, route
 
@@ -174,10 +174,23 @@ def _swiglu_quantise(shape: MoEShape) -> Iterator[Case]:
 
         return prepare
 
-    def backward() -> Callable[[], object]:
+    def backward(tile: tuple[int, int, int]) -> Prepared:
+        def prepare() -> Callable[[], object]:
+            found, weights_TK = _map(shape)
+            z_R2F, grad_RF = _rows(found, 2 * shape.width), _rows(found, shape.width, 1)
+            return lambda: swiglu_quantise.swiglu_quantize_backward_triton(z_R2F, grad_RF, weights_TK, found, tile)
+
+        return prepare
+
+    def unfused() -> Callable[[], object]:
         found, weights_TK = _map(shape)
         z_R2F, grad_RF = _rows(found, 2 * shape.width), _rows(found, shape.width, 1)
-        return lambda: swiglu_quantise.swiglu_quantize_backward(z_R2F, grad_RF, weights_TK, found)
+
+        def run() -> object:
+            grad_z_R2F, grad_weights_TK = swiglu.swiglu_backward_triton(z_R2F, grad_RF, weights_TK, found)
+            return fp8.quantize_tiles_triton(grad_z_R2F, found, False, by_rows=True), grad_weights_TK
+
+        return run
 
     def linghe_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
         # Where every expert has the same number of rows: what it pads and how need not be ours.
@@ -209,8 +222,10 @@ def _swiglu_quantise(shape: MoEShape) -> Iterator[Case]:
             variants={str(tile): forward(bool(by_columns), tile) for tile in tiles},
         )  # fmt: skip
     yield Case(
-        "swiglu backward + quantise both", shape.name, backward, moved=values * 10 + values // 8,
-        gate=("share", 0.85), peers={"linghe": linghe_backward} if even else {},
+        "swiglu backward + quantise both", shape.name, backward(swiglu_quantise.BACKWARD_TILES[0]),
+        moved=values * 10 + values // 8,
+        gate=("share", 0.85), peers={"linghe": linghe_backward} if even else {}, 
+        variants={"two kernels": unfused} | {str(tile): backward(tile) for tile in swiglu_quantise.BACKWARD_TILES},
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ kernels give what `swiglu_weighted` followed by `fp8.quantize_rows` or `quantize
 
 Limits of the kernels: contiguous inputs of float32, bfloat16 or float16, any shape, fast where F is a multiple of 16.
 `swiglu_quantize_backward` is one kernel only where F is a multiple of 128: elsewhere a tile of 128 columns of
-[gate | up] holds some of both, and the gradient is written once before it is quantised.
+[gate | up] holds some of both, and the gradient is written once before it is quantised. That kernel reads z and grad_h
+twice, the second time from the cache, and waits for arithmetic rather than memory.
 
 Shapes: T tokens, K chosen, F expert width, R rows of a `RowMap`, M its tiles.
 """
@@ -33,8 +34,9 @@ from ling_flow.kernels.swiglu import (
 
 # The first is taken.
 ROWS_TILES = ((16, 4), (32, 4), (8, 4), (32, 8))  # rows and warps of a program of 128 columns
-COLUMNS_TILES = ((64, 8), (64, 16), (32, 4), (128, 16))  # columns and warps of a program of 128 rows
-BACKWARD_WARPS = 16  # of a program of 128 rows and 2 · 128 columns
+COLUMNS_TILES = ((32, 4), (64, 8), (64, 16), (128, 16))  # columns and warps of a program of 128 rows
+# Rows of a program by rows, columns of one by columns, and warps of either.
+BACKWARD_TILES = ((16, 16, 4), (8, 16, 4), (16, 32, 4), (32, 32, 8))
 
 # The definition, in torch
 
@@ -176,7 +178,7 @@ def swiglu_quantize_triton(
     found = _columns_of(row_map, width, device)
     if z_R2F.numel() and len(row_map.tile_rows_M):
         block_f, warps = tile or COLUMNS_TILES[0]
-        _quantize_columns_kernel[ceil_div(width, block_f), len(row_map.tile_rows_M)](
+        _quantize_columns_kernel[(ceil_div(width, block_f) * len(row_map.tile_rows_M),)](
             z_R2F, weights, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, *found, rows, width,
             WEIGHTED=weighted, BLOCK_F=block_f, TILE=TILE, num_warps=warps,
         )  # fmt: skip
@@ -184,7 +186,11 @@ def swiglu_quantize_triton(
 
 
 def swiglu_quantize_backward_triton(
-    z_R2F: Tensor, grad_h_RF: Tensor, weights_TK: Tensor | None, row_map: RowMap
+    z_R2F: Tensor,
+    grad_h_RF: Tensor,
+    weights_TK: Tensor | None,
+    row_map: RowMap,
+    tile: tuple[int, int, int] = BACKWARD_TILES[0],
 ) -> tuple[Quantized, Quantized, Tensor | None]:
     rows, width, device = row_map.rows, z_R2F.shape[1] // 2, z_R2F.device
     if width % TILE:
@@ -194,7 +200,7 @@ def swiglu_quantize_backward_triton(
         return by_rows, by_columns, grad_weights_TK
     z_R2F, grad_h_RF = z_R2F.contiguous(), grad_h_RF.contiguous()
     weights = z_R2F if weights_TK is None else weights_TK.contiguous()  # not touched without weights
-    parts = width // TILE
+    parts, (block_r, block_f, warps) = width // TILE, tile
     by_columns = _columns_of(row_map, 2 * width, device)
     by_rows = Quantized(
         torch.empty((rows, 2 * width), dtype=STORED, device=device),
@@ -203,9 +209,11 @@ def swiglu_quantize_backward_triton(
     # A row's part of its weight's gradient from each 128 columns, to be summed in their order.
     partial_FR = torch.empty((parts, rows), dtype=torch.float32, device=device)
     if z_R2F.numel() and len(row_map.tile_rows_M):
-        _quantize_backward_kernel[parts, len(row_map.tile_rows_M)](
+        programs = TILE // block_r + TILE // block_f  # of a tile
+        _quantize_backward_kernel[(len(row_map.tile_rows_M) * parts * programs,)](
             z_R2F, grad_h_RF, weights, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, *by_rows,
-            *by_columns, partial_FR, rows, width, WEIGHTED=weights_TK is not None, TILE=TILE, num_warps=BACKWARD_WARPS,
+            *by_columns, partial_FR, rows, width, WEIGHTED=weights_TK is not None, BLOCK_R=block_r,
+            BLOCK_F=block_f, TILE=TILE, num_warps=warps,
         )  # fmt: skip
     if weights_TK is None:
         return by_rows, by_columns, None
@@ -264,13 +272,14 @@ def _quantize_columns_kernel(  # type: ignore[no-untyped-def]
     z, weights, pair_R, tile_start_M, tile_rows_M, values, scales, rows, width,
     WEIGHTED: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(1)
+    parts = tl.cdiv(width, BLOCK_F)
+    tile = tl.program_id(0) // parts
     count = tl.load(tile_rows_M + tile)
     if count == 0:
         return
     within, start, padded = _rows_of_tile(tile, count, tile_start_M, TILE)
-    first = tl.program_id(0) * BLOCK_F
-    column = tl.arange(0, BLOCK_F)
+    first = tl.program_id(0) % parts * BLOCK_F
+    column = _pairs_of_columns(BLOCK_F)
     there = first + column < width
     _, weight = pairs_and_weights(pair_R, weights, start + within, within < count, WEIGHTED)
     source = z + start.to(tl.int64) * (2 * width) + first + within[:, None] * (2 * width) + column[None, :]
@@ -285,38 +294,98 @@ def _quantize_columns_kernel(  # type: ignore[no-untyped-def]
 @jit
 def _quantize_backward_kernel(  # type: ignore[no-untyped-def]
     z, grad_h, weights, pair_R, tile_start_M, tile_rows_M, row_values, row_scales, column_values, column_scales,
-    partial_FR, rows, width, WEIGHTED: tl.constexpr, TILE: tl.constexpr,
+    partial_FR, rows, width, WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    tile, part = tl.program_id(1), tl.program_id(0)
+    # A tile of rows × 128 columns of each half is read by rows and by columns, by neighbouring programs: the second
+    # reading is from the cache. A program that does both needs so many registers that it is alone on its processor.
+    by_rows: tl.constexpr = TILE // BLOCK_R
+    programs: tl.constexpr = by_rows + TILE // BLOCK_F
+    parts = width // TILE
+    step, part = tl.program_id(0) % programs, tl.program_id(0) // programs % parts
+    tile = tl.program_id(0) // programs // parts
     count = tl.load(tile_rows_M + tile)
-    if count == 0:
-        return
+    if step < by_rows:
+        if step * BLOCK_R < count:
+            _gradients_by_rows(
+                z, grad_h, weights, pair_R, tile_start_M, row_values, row_scales, partial_FR, rows, width, tile, part,
+                count, step * BLOCK_R, WEIGHTED, BLOCK_R, TILE,
+            )  # fmt: skip
+    elif count > 0:
+        _gradients_by_columns(
+            z, grad_h, weights, pair_R, tile_start_M, column_values, column_scales, rows, width, tile,
+            part * TILE + (step - by_rows) * BLOCK_F, count, WEIGHTED, BLOCK_F, TILE,
+        )  # fmt: skip
+
+
+@jit
+def _gradients_by_rows(  # type: ignore[no-untyped-def]
+    z, grad_h, weights, pair_R, tile_start_M, values, scales, partial_FR, rows, width, tile, part, count, before,
+    WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     within, start, padded = _rows_of_tile(tile, count, tile_start_M, TILE)
-    _, weight = pairs_and_weights(pair_R, weights, start + within, within < count, WEIGHTED)
-    inside = (within < count)[:, None]
-    parts, lane = width // TILE, tl.arange(0, TILE)
-    at = start.to(tl.int64) * (2 * width) + part * TILE + (within[:, None] * (2 * width) + lane[None, :])
-    grad_at = start.to(tl.int64) * width + part * TILE + (within[:, None] * width + lane[None, :])
-    for half in tl.static_range(2):
-        # Read again for the other half, from the cache: both at once would not fit the registers.
-        gate = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(z + at + width, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_h + grad_at, mask=inside, other=0.0).to(tl.float32)
-        grad_gate, grad_up, grad_weight = swiglu_gradients(gate, up, grad, weight[:, None])
-        if WEIGHTED and half == 0:
-            to = partial_FR + part.to(tl.int64) * rows + start + within
-            tl.store(to, tl.sum(grad_weight, 1), mask=within < count)
-        wide = narrow(grad_gate if half == 0 else grad_up, z.dtype.element_ty).to(tl.float32)
-        first = half * width + part * TILE  # column of [gate | up]
-        scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 1))
-        stored = narrow(wide * inverse[:, None], tl.float8e4nv)
-        tl.store(row_values + at + half * width, stored, mask=(within < padded)[:, None])
-        tl.store(row_scales + (half * parts + part).to(tl.int64) * rows + start + within, scale, mask=within < padded)
-        scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 0))
-        stored = tl.trans(narrow(wide * inverse[None, :], tl.float8e4nv))
-        to = column_values + first.to(tl.int64) * rows + start + (lane[:, None] * rows + within[None, :])
-        tl.store(to, stored, mask=(within < padded)[None, :])
-        tl.store(column_scales + tile.to(tl.int64) * (2 * width) + first + lane, scale)
+    within, column = before + tl.arange(0, BLOCK_R), tl.arange(0, TILE)
+    grad_gate, grad_up, grad_weight, at = _gradients(
+        z, grad_h, weights, pair_R, start, within, count, part * TILE, column, width, WEIGHTED
+    )
+    to = part.to(tl.int64) * rows + start + within
+    if WEIGHTED:
+        tl.store(partial_FR + to, tl.sum(grad_weight, 1), mask=within < count)
+    inside = within < padded
+    scale, inverse = scale_and_inverse(tl.max(magnitude(grad_gate), 1))
+    tl.store(values + at, narrow(grad_gate * inverse[:, None], tl.float8e4nv), mask=inside[:, None])
+    tl.store(scales + to, scale, mask=inside)
+    scale, inverse = scale_and_inverse(tl.max(magnitude(grad_up), 1))
+    tl.store(values + at + width, narrow(grad_up * inverse[:, None], tl.float8e4nv), mask=inside[:, None])
+    tl.store(scales + (width // TILE).to(tl.int64) * rows + to, scale, mask=inside)
+
+
+@jit
+def _gradients_by_columns(  # type: ignore[no-untyped-def]
+    z, grad_h, weights, pair_R, tile_start_M, values, scales, rows, width, tile, first, count,
+    WEIGHTED: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    within, start, padded = _rows_of_tile(tile, count, tile_start_M, TILE)
+    column = _pairs_of_columns(BLOCK_F)
+    grad_gate, grad_up, _weight, _at = _gradients(
+        z, grad_h, weights, pair_R, start, within, count, first, column, width, WEIGHTED
+    )
+    inside = (within < padded)[None, :]
+    to = values + first.to(tl.int64) * rows + start + (column[:, None] * rows + within[None, :])
+    scales += tile.to(tl.int64) * (2 * width) + first + column
+    scale, inverse = scale_and_inverse(tl.max(magnitude(grad_gate), 0))
+    tl.store(to, tl.trans(narrow(grad_gate * inverse[None, :], tl.float8e4nv)), mask=inside)
+    tl.store(scales, scale)
+    scale, inverse = scale_and_inverse(tl.max(magnitude(grad_up), 0))
+    to += width.to(tl.int64) * rows
+    tl.store(to, tl.trans(narrow(grad_up * inverse[None, :], tl.float8e4nv)), mask=inside)
+    tl.store(scales + width, scale)
+
+
+@jit
+def _gradients(  # type: ignore[no-untyped-def]
+    z, grad_h, weights, pair_R, start, within, count, first, column, width, WEIGHTED: tl.constexpr
+):  # fmt: skip
+    """`swiglu_gradients`, those of gate and up narrowed to the dtype of z and widened again; and where gate lies."""
+    real = within < count
+    _, weight = pairs_and_weights(pair_R, weights, start + within, real, WEIGHTED)
+    at = start.to(tl.int64) * (2 * width) + first + (within[:, None] * (2 * width) + column[None, :])
+    grad_at = start.to(tl.int64) * width + first + (within[:, None] * width + column[None, :])
+    gate = tl.load(z + at, mask=real[:, None], other=0.0).to(tl.float32)
+    up = tl.load(z + width + at, mask=real[:, None], other=0.0).to(tl.float32)
+    grad = tl.load(grad_h + grad_at, mask=real[:, None], other=0.0).to(tl.float32)
+    grad_gate, grad_up, grad_weight = swiglu_gradients(gate, up, grad, weight[:, None])
+    grad_gate = narrow(grad_gate, z.dtype.element_ty).to(tl.float32)
+    return grad_gate, narrow(grad_up, z.dtype.element_ty).to(tl.float32), grad_weight, at
+
+
+@jit
+def _pairs_of_columns(BLOCK_F: tl.constexpr):  # type: ignore[no-untyped-def]
+    """0, 1, …, of which the compiler is told that 2 at a time are neighbours.
+
+    A thread then reads 2 columns of many rows instead of 8 of few: a column's largest is found and divided by in a
+    quarter of the threads, and IEEE divisions are what these kernels would otherwise wait for.
+    """
+    return tl.max_contiguous(tl.arange(0, BLOCK_F), 2)
 
 
 @jit

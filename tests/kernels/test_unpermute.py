@@ -30,7 +30,7 @@ def garbage(row_map: RowMap, width: int, dtype: torch.dtype, device: torch.devic
 @by_shape
 def test_gather_and_sum(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> None:
     row_map, _ = prepared(shape, device)
-    for width in (shape.hidden, 24, 7):
+    for width in (shape.hidden // 2, 7):
         x_TD = normal((shape.tokens, width), dtype, device)
         found = unpermute.gather_rows_triton(x_TD, row_map)
         assert torch.equal(found, unpermute.gather_rows_reference(x_TD, row_map))
@@ -45,7 +45,7 @@ def test_weighted_sum(shape: MoEShape, dtype: torch.dtype, device: torch.device)
     row_map, weights_TK = prepared(shape, device)
     # A GPU fuses weight·row + sum: one rounding of float32 less, which may tip one of the narrow type.
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
-    for width in (shape.hidden, 7):
+    for width in (40, 7):
         y_RD = garbage(row_map, width, dtype, device)
         found = unpermute.sum_rows_triton(y_RD, row_map, weights_TK)
         expected = unpermute.sum_rows_reference(y_RD, row_map, weights_TK)
