@@ -2,7 +2,7 @@
 
     step-00001234/              config.json, model.safetensors, tokenizer files
     step-00001234/training_state/
-        optimizer.safetensors   moments and step counts of AdamW by parameter name
+        optimizer.safetensors   moments and step counts of AdamW by parameter name; of 8 bits, codes and scales
         state.json              TrainingState; training draws no random numbers, so there is no generator to save
         files.json              size and SHA-256 of every other file of the checkpoint; what has it is whole
 
@@ -25,6 +25,7 @@ from ling_flow.config import parse
 from ling_flow.errors import UserError
 from ling_flow.model.hf import save_pretrained
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+from ling_flow.training.adamw8 import MOMENTS, AdamW8bit
 from ling_flow.training.settings import TrainingState
 
 TRAINING_STATE = "training_state"
@@ -116,6 +117,11 @@ def load_training_state(
         if moments and moments["exp_avg"].shape != parameter.shape:
             shape = list(moments["exp_avg"].shape)
             raise UserError(f"{folder / _OPTIMIZER}: moments of {name} have shape {shape}, not {list(parameter.shape)}")
+        if moments and ("exp_avg_scale" in moments) != _in_8_bits(optimizer, parameter):
+            raise UserError(
+                f"{folder / _OPTIMIZER}: moments of {name} are those of another optimizer; "
+                "adamw and adamw8bit cannot go on from each other"
+            )
         if moments:
             on_cpu = {"step"}  # where AdamW keeps it
             optimizer.state[parameter] = {
@@ -132,7 +138,11 @@ def drop_training_state(directory: Path) -> None:
     shutil.rmtree(directory / TRAINING_STATE, ignore_errors=True)
 
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MOMENTS = ("step", *MOMENTS)
+
+
+def _in_8_bits(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:
+    return isinstance(optimizer, AdamW8bit) and optimizer.in_8_bits(parameter)
 
 
 def _optimizer_tensors(model: BailingMoeV2ForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -141,6 +151,7 @@ def _optimizer_tensors(model: BailingMoeV2ForCausalLM, optimizer: torch.optim.Op
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
         for key in _MOMENTS
+        if key in optimizer.state[parameter]
     }
 
 

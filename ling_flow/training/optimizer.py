@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ling_flow.training.adamw8 import AdamW8bit
 from ling_flow.training.settings import OptimizerSettings
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW | AdamW8bit:
     """AdamW over all parameters of `model`; vectors (norm weights, biases) are not decayed."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -20,7 +21,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
         },
         {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+    kind = AdamW8bit if settings.optimizer == "adamw8bit" else torch.optim.AdamW
+    return kind(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
 
 
 def warmup_then_constant(learning_rate: float, warmup_steps: int) -> Callable[[int], float]:
