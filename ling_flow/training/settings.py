@@ -29,9 +29,6 @@ class OptimizerSettings(StrictModel):
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="adamw8bit keeps both moments of matrices in 8 bits, with a float32 scale per block of 256"
     )
-    optimizer: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit keeps both moments of matrices in 8 bits, with a float32 scale per block of 256"
-    )
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> Self:
