@@ -55,6 +55,10 @@ class PretrainConfig(StrictModel):
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up at the start of the first stage")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
     gradient_clip: float = Field(1.0, gt=0, description="largest global L2 norm of the gradient")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw",
+        description="adamw8bit: both moments of matrices in 8 bits; stages of one run must agree",
+    )
     expert_bias_update_rate: float = Field(
         1e-3, ge=0, description="change of an expert's bias per step; Ling 2.0 goes to 1e-4 when the context grows"
     )
@@ -287,6 +291,7 @@ def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> St
             learning_rate=config.learning_rate or recommendation.learning_rate,
             weight_decay=config.weight_decay,
             gradient_clip=config.gradient_clip,
+            optimizer=config.optimizer,
         ),
         warmup_steps=config.warmup_steps,
         expert_bias_update_rate=config.expert_bias_update_rate,
