@@ -71,6 +71,11 @@ class PretrainConfig(StrictModel):
     checkpoints_saved: int = Field(8, gt=0, description="checkpoints written, evenly spaced, the last at the end")
     checkpoints_kept: int = Field(8, gt=0, description="newest checkpoints kept, for the merge")
     validation_tokens: int = Field(16384, gt=0, description="validation tokens, per source")
+    evaluations: int = Field(
+        0,
+        ge=0,
+        description="evaluations within the stage, evenly spaced: validation loss per source and a sample of each",
+    )
     tokens_per_forward: int = Field(
         16384, gt=0, description="tokens per forward pass, which bounds memory; larger batches accumulate gradients"
     )
@@ -79,6 +84,12 @@ class PretrainConfig(StrictModel):
         False,
         why="computing activations a second time gives the same bits",
         description="keep only each layer's input in training and compute the rest again: less memory, more time",
+    )
+    watts: float | None = context_field(
+        None,
+        why="what a machine draws is told, not computed with",
+        description="power of the training device, watts, for an estimate of the energy; null: none",
+        gt=0,
     )
     threads: int | None = context_field(
         None,
@@ -152,22 +163,24 @@ def pretrain(
     from ling_flow.data.batches import Batches
     from ling_flow.data.corpus import Corpus
     from ling_flow.model.hf import read_config
-    from ling_flow.training.evaluate import mixture_loss, validation_loss
+    from ling_flow.training.evaluate import mixture_loss, samples, validation_loss
     from ling_flow.training.fp8 import Safeguard
     from ling_flow.training.loop import StepReport
+    from ling_flow.training.speed import Cost, measured_peak
     from ling_flow.training.stage import batch_sizes, open_stage, run_stage
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     opened = Corpus.open(corpus.path)
     context_before = 0 if source is None else read_config(source).max_position_embeddings
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = open_stage(
         checkpoints.path,
         settings,
         stage_model(config, opened.tokenizer.vocab_size, opened.tokenizer.eos_id, context_before),
         seed=config.seed,
         previous=source,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         log=step.log,
     )
     run.model.recompute = config.recompute
@@ -184,7 +197,22 @@ def pretrain(
         drawn_before=run.state.drawn_before,
     )
 
+    cost = Cost(run.model.config, settings.sequence_length, measured_peak(device, settings.precision), config.watts)
+    evaluate_every = settings.steps // config.evaluations if config.evaluations else settings.steps
+
+    def evaluate(step_number: int) -> float:
+        losses = validation_loss(
+            run.model, opened, settings.sequence_length, config.validation_tokens, sources=batches.sources
+        )
+        loss = mixture_loss(losses, config.mixture)
+        step.metrics(
+            {"validation_loss": loss} | {f"validation_loss/{name}": value for name, value in losses.items()},
+            step=step_number,
+        )
+        return loss
+
     def on_step(report: StepReport) -> None:
+        figures = cost.step(report.tokens, report.seconds, device)
         done = report.step - run.state.stage_start
         text = f"lr {report.learning_rate:.3g}" + (" (skipped: a spike)" if report.skipped else "")
         step.progress(done, settings.steps, text, loss=report.cross_entropy, tokens_per_second=report.tokens_per_second)
@@ -198,6 +226,7 @@ def pretrain(
                     "learning_rate": report.learning_rate,
                     "load_violation": report.load_violation,
                     "tokens_per_second": report.tokens_per_second,
+                    **figures,
                     **{
                         f"cross_entropy/{batches.sources[source]}": loss
                         for source, loss in report.source_cross_entropy.items()
@@ -205,6 +234,10 @@ def pretrain(
                 },
                 step=report.step,
             )
+        if done < settings.steps and done % evaluate_every == 0:
+            step.log(f"step {done:,}: validation loss {evaluate(report.step):.4f}")
+            for name, text in samples(run.model, opened, batches.sources).items():
+                step.log(f"step {done:,}: {name}: {text!r}")
 
     def on_watch(done: int, safeguard: Safeguard) -> None:
         step.metrics(safeguard.metrics(), step=done)
@@ -222,14 +255,7 @@ def pretrain(
         on_watch=on_watch,
         log=step.log,
     )
-    losses = validation_loss(
-        run.model, opened, settings.sequence_length, config.validation_tokens, sources=batches.sources
-    )
-    loss = mixture_loss(losses, config.mixture)
-    step.metrics(
-        {"validation_loss": loss} | {f"validation_loss/{name}": value for name, value in losses.items()},
-        step=run.state.step,
-    )
+    loss = evaluate(run.state.step)
     CheckpointIndex(
         stage=config.stage,
         latest=kept[-1].directory,

@@ -1,4 +1,4 @@
-"""Validation loss on fixed windows of each source.
+"""Validation loss on fixed windows of each source, and how the model would go on from them.
 
 Shapes: B batch, S sequence.
 """
@@ -12,6 +12,7 @@ import torch
 
 from ling_flow.data.corpus import Corpus
 from ling_flow.errors import UserError
+from ling_flow.generation.engine import generate
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 
 _TOKENS_PER_FORWARD = 16384
@@ -40,6 +41,27 @@ def validation_loss(
         return {name: _source_loss(model, corpus, name, sequence_length, max_tokens) for name in names}
     finally:
         model.train(was_training)
+
+
+def samples(
+    model: BailingMoeV2ForCausalLM, corpus: Corpus, sources: Iterable[str], prompt_tokens: int = 16, tokens: int = 32
+) -> dict[str, str]:
+    """The most likely continuation of the first validation document of each source: prompt and answer as text."""
+    names = list(sources)
+    prompts = [corpus.tokens(name, "validation")[:prompt_tokens].tolist() for name in names]
+    room = model.config.max_position_embeddings
+    was_training = model.training
+    model.eval()
+    try:
+        answers = generate(
+            model, [prompt[: room // 2] for prompt in prompts], min(tokens, room // 2), 0.0, set(), seed=0
+        )
+    finally:
+        model.train(was_training)
+    return {
+        name: corpus.tokenizer.decode([*prompt, *answer.tokens])
+        for name, prompt, answer in zip(names, prompts, answers, strict=True)
+    }
 
 
 def mixture_loss(losses: Mapping[str, float], mixture: Mapping[str, float]) -> float:

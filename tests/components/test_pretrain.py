@@ -15,6 +15,7 @@ from components.pretrain import PretrainConfig, pretrain, stage_model
 from ling_flow.config import identity_of, parse
 from ling_flow.errors import UserError
 from ling_flow.flow.artifact import Ref
+from ling_flow.flow.component import Step
 from ling_flow.model import transformer
 from ling_flow.model.hf import load_pretrained
 from ling_flow.training.settings import CheckpointIndex
@@ -89,6 +90,33 @@ def test_output_holds_checkpoints_with_index_and_contract(short, inputs):
     model = load_pretrained(newest)
     assert model.config.max_position_embeddings == 16
     assert model.config.eos_token_id == model.config.pad_token_id > 256
+
+
+def test_what_a_stage_tells_while_it_trains(root, inputs, monkeypatch):
+    tracker, lines = Recorder(), []
+    monkeypatch.setattr(Step, "log", lambda self, text: lines.append(text))
+    outcome = pretrain(
+        config(precision="fp8", fp8={"watch_every": 4}, evaluations=2, watts=300.0),
+        root=root,
+        tracker=tracker,
+        **inputs,
+    )
+    assert 0 < outcome.result.validation_loss < 7
+    last = tracker.seen[6]
+    assert {"cross_entropy/words", "cross_entropy/numbers", "mfu", "memory_gib", "energy_kwh"} <= set(last)
+    assert 0 < last["mfu"] < 1 and 0 < last["memory_gib"] < 64
+    assert 0 < last["energy_kwh"] < 300 * 60 / 3.6e6
+    assert 0.9 < tracker.seen[4]["fp8/cosine/forward"] < 1
+    assert "validation_loss/words" in tracker.seen[3]  # half way
+    assert any(line.startswith("step 3: words: ") for line in lines)
+
+
+def test_evaluating_changes_no_bit(root, inputs):
+    plain, watched = (
+        pretrain(config(evaluations=evaluations, weight_decay=0.11), root=root, **inputs) for evaluations in (0, 3)
+    )
+    one, other = (load_pretrained(o.outputs["checkpoints"] / "step-00000006").state_dict() for o in (plain, watched))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_stages_go_on_from_each_other_and_grow_the_context(short, root, inputs):
