@@ -88,6 +88,22 @@ def test_moments_of_zero_stay_zero_and_lost_roots_divide_nothing() -> None:
     assert moments.exp_avg_scale[1] == 0
 
 
+def test_a_second_moment_does_not_stick_to_the_grid() -> None:
+    """Each step shrinks it by 0.05%, a hundredth of the grid's spacing, while another element holds the scale."""
+    rates, steps = RATES._replace(betas=(0.9, 0.999)), 300
+    parameter, grad = torch.zeros(1, BLOCK), normal((1, BLOCK), torch.float32).clamp(-0.9, 0.9)
+    moments, exact = new_moments(parameter), torch.zeros(1, BLOCK)
+    for step in range(1, steps + 1):
+        grad = grad * (step == 1)
+        grad[0, 0] = 1.0
+        exact = 0.999 * exact + 0.001 * grad.square()
+        adamw8.adamw8_reference_(parameter, grad, moments, rates._replace(step=step))
+    there = exact[0] > 1e-6
+    assert there.sum() > 200
+    found = adamw8.exp_avg_sq_root(moments)[0, there] / exact[0, there].sqrt()
+    assert found.mean().item() == pytest.approx(1, abs=0.02)
+
+
 def regression(step_of: str, beta2: float, steps: int = 300) -> float:
     """Mean loss of the last 30 steps of a small network that learns a random one, from inputs of very unlike sizes."""
     generator = torch.Generator().manual_seed(0)
