@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ling_flow.kernels._triton import ceil_div, jit, narrow, tl
-from ling_flow.kernels.row_map import TILE, RowMap
+from ling_flow.kernels.row_map import ALIGN, TILE, RowMap
 
 STORED = torch.float8_e4m3fn
 LARGEST = 448.0  # of STORED
@@ -166,11 +166,7 @@ def quantize_tiles_triton(
 ) -> tuple[Quantized | None, Quantized]:
     columns, device = x.shape[1], x.device
     x = x.contiguous()
-    # The rows of padding are read by nothing but whole tiles, which must find zeros there.
-    by_column = Quantized(
-        torch.zeros((columns, row_map.rows), dtype=STORED, device=device),
-        torch.empty((len(row_map.tile_rows_M), columns), dtype=torch.float32, device=device),
-    )
+    by_column = room_by_columns(row_map, columns, device)
     by_row = None
     if by_rows:
         by_row = Quantized(
@@ -185,6 +181,20 @@ def quantize_tiles_triton(
             row_map.rows, columns, TOP_K=row_map.top_k, GATHER=gather, BY_ROWS=by_rows, TILE=TILE, num_warps=16,
         )  # fmt: skip
     return by_row, by_column
+
+
+def room_by_columns(row_map: RowMap, columns: int, device: torch.device) -> Quantized:
+    """Room for values by columns, of which the rows past the last expert's are zero: the kernels write the others."""
+    rows = row_map.rows
+    values = torch.empty((columns, rows), dtype=STORED, device=device)
+    scales = torch.empty((len(row_map.tile_rows_M), columns), dtype=torch.float32, device=device)
+    if values.numel():
+        grid = (ceil_div(rows - row_map.place_TK.numel(), 256), ceil_div(columns, 16))
+        _zero_tail_kernel[grid](
+            values, row_map.starts_E, row_map.counts_E, len(row_map.counts_E), rows, columns, ALIGN=ALIGN, BLOCK_R=256,
+            BLOCK_N=16, num_warps=4,
+        )  # fmt: skip
+    return Quantized(values, scales)
 
 
 def quantize_blocks_triton(w_EMN: Tensor) -> Quantized:
@@ -222,6 +232,39 @@ def magnitude(wide):  # type: ignore[no-untyped-def]
 
 
 @jit
+def rows_of_tile(tile, count, tile_start_M, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows within a tile, the first one, and how many are its own with its expert's padding.
+
+    Starts and paddings are multiples of 16, which the compiler must be told to write 16 bytes at a time.
+    """
+    start = tl.multiple_of(tl.load(tile_start_M + tile), 16)
+    return tl.arange(0, TILE), start, (count + 15) // 16 * 16
+
+
+@jit
+def pairs_of_columns(BLOCK_F: tl.constexpr):  # type: ignore[no-untyped-def]
+    """0, 1, …, of which the compiler is told that 2 at a time are neighbours.
+
+    A thread then reads 2 columns of many rows instead of 8 of few: a column's largest is found and divided by in a
+    quarter of the threads, and IEEE divisions are what these kernels would otherwise wait for.
+    """
+    return tl.max_contiguous(tl.arange(0, BLOCK_F), 2)
+
+
+@jit
+def _zero_tail_kernel(  # type: ignore[no-untyped-def]
+    values, starts_E, counts_E, experts, rows, columns,
+    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    used = tl.load(starts_E + experts - 1) + (tl.load(counts_E + experts - 1) + ALIGN - 1) // ALIGN * ALIGN
+    row = tl.multiple_of(used, ALIGN) + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    to = values + column.to(tl.int64)[:, None] * rows + row[None, :]
+    zeros = narrow(tl.zeros((BLOCK_N, BLOCK_R), tl.float32), tl.float8e4nv)
+    tl.store(to, zeros, mask=(column < columns)[:, None] & (row < rows)[None, :])
+
+
+@jit
 def _quantize_rows_kernel(x, values, scales, rows, columns, BLOCK_M: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
@@ -244,28 +287,28 @@ def _quantize_tiles_kernel(  # type: ignore[no-untyped-def]
     if count == 0:
         return
     # 64-bit offsets per tile, 32-bit ones within it: a tile spans 128 rows, or 128 columns of all rows.
-    within = tl.arange(0, TILE)
-    start, first = tl.load(tile_start_M + tile), tl.program_id(1) * TILE
-    real, there = within < count, first + within < columns
+    within, start, padded = rows_of_tile(tile, count, tile_start_M, TILE)
+    column, first = pairs_of_columns(TILE), tl.program_id(1) * TILE
+    real, there = within < count, first + column < columns
     if GATHER:
         token = (tl.load(pair_R + start + within, mask=real, other=0) // TOP_K).to(tl.int64)
-        source = x + first + token[:, None] * columns + within[None, :]
+        source = x + first + token[:, None] * columns + column[None, :]
     else:
-        source = x + start.to(tl.int64) * columns + first + within[:, None] * columns + within[None, :]
+        source = x + start.to(tl.int64) * columns + first + within[:, None] * columns + column[None, :]
     inside = real[:, None] & there[None, :]
     wide = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 0))
     stored = narrow(wide * inverse[None, :], tl.float8e4nv)
-    to = column_values + first.to(tl.int64) * rows + start
-    tl.store(to + within[:, None] * rows + within[None, :], tl.trans(stored), mask=tl.trans(inside))
-    tl.store(column_scales + tile.to(tl.int64) * columns + first + within, scale, mask=there)
+    to = column_values + first.to(tl.int64) * rows + start + column[:, None] * rows + within[None, :]
+    tl.store(to, tl.trans(stored), mask=there[:, None] & (within < padded)[None, :])
+    tl.store(column_scales + tile.to(tl.int64) * columns + first + column, scale, mask=there)
     if BY_ROWS:
         # Read again, from the cache: both halves at once would not fit the registers.
         wide = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 1))
         stored = narrow(wide * inverse[:, None], tl.float8e4nv)
         to = row_values + start.to(tl.int64) * columns + first
-        tl.store(to + within[:, None] * columns + within[None, :], stored, mask=inside)
+        tl.store(to + within[:, None] * columns + column[None, :], stored, mask=inside)
         tl.store(row_scales + tl.program_id(1).to(tl.int64) * rows + start + within, scale, mask=real)
 
 

@@ -22,8 +22,16 @@ from torch.nn import functional
 
 from ling_flow.kernels import fp8
 from ling_flow.kernels._triton import ceil_div, jit, narrow, tl
-from ling_flow.kernels.fp8 import STORED, Quantized, magnitude, scale_and_inverse
-from ling_flow.kernels.row_map import ALIGN, TILE, RowMap
+from ling_flow.kernels.fp8 import (
+    STORED,
+    Quantized,
+    magnitude,
+    pairs_of_columns,
+    room_by_columns,
+    rows_of_tile,
+    scale_and_inverse,
+)
+from ling_flow.kernels.row_map import TILE, RowMap
 from ling_flow.kernels.swiglu import (
     pairs_and_weights,
     silu,
@@ -175,7 +183,7 @@ def swiglu_quantize_triton(
                 TILE=TILE, num_warps=warps,
             )  # fmt: skip
         return Quantized(values, scales)
-    found = _columns_of(row_map, width, device)
+    found = room_by_columns(row_map, width, device)
     if z_R2F.numel() and len(row_map.tile_rows_M):
         block_f, warps = tile or COLUMNS_TILES[0]
         _quantize_columns_kernel[(ceil_div(width, block_f) * len(row_map.tile_rows_M),)](
@@ -201,7 +209,7 @@ def swiglu_quantize_backward_triton(
     z_R2F, grad_h_RF = z_R2F.contiguous(), grad_h_RF.contiguous()
     weights = z_R2F if weights_TK is None else weights_TK.contiguous()  # not touched without weights
     parts, (block_r, block_f, warps) = width // TILE, tile
-    by_columns = _columns_of(row_map, 2 * width, device)
+    by_columns = room_by_columns(row_map, 2 * width, device)
     by_rows = Quantized(
         torch.empty((rows, 2 * width), dtype=STORED, device=device),
         torch.empty((2 * parts, rows), dtype=torch.float32, device=device),
@@ -219,33 +227,6 @@ def swiglu_quantize_backward_triton(
         return by_rows, by_columns, None
     grad_weights_N = partial_FR.sum(0).index_select(0, row_map.place_TK.flatten())
     return by_rows, by_columns, grad_weights_N.view(row_map.place_TK.shape)
-
-
-def _columns_of(row_map: RowMap, columns: int, device: torch.device) -> Quantized:
-    """Room for values by columns, of which the rows past the last expert's are zero: the kernels write the others."""
-    rows = row_map.rows
-    values = torch.empty((columns, rows), dtype=STORED, device=device)
-    scales = torch.empty((len(row_map.tile_rows_M), columns), dtype=torch.float32, device=device)
-    if values.numel():
-        grid = (ceil_div(rows - row_map.place_TK.numel(), 256), ceil_div(columns, 16))
-        _zero_tail_kernel[grid](
-            values, row_map.starts_E, row_map.counts_E, len(row_map.counts_E), rows, columns, ALIGN=ALIGN, BLOCK_R=256,
-            BLOCK_N=16, num_warps=4,
-        )  # fmt: skip
-    return Quantized(values, scales)
-
-
-@jit
-def _zero_tail_kernel(  # type: ignore[no-untyped-def]
-    values, starts_E, counts_E, experts, rows, columns,
-    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    used = tl.load(starts_E + experts - 1) + (tl.load(counts_E + experts - 1) + ALIGN - 1) // ALIGN * ALIGN
-    row = tl.multiple_of(used, ALIGN) + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    to = values + column.to(tl.int64)[:, None] * rows + row[None, :]
-    zeros = narrow(tl.zeros((BLOCK_N, BLOCK_R), tl.float32), tl.float8e4nv)
-    tl.store(to, zeros, mask=(column < columns)[:, None] & (row < rows)[None, :])
 
 
 @jit
@@ -277,9 +258,9 @@ def _quantize_columns_kernel(  # type: ignore[no-untyped-def]
     count = tl.load(tile_rows_M + tile)
     if count == 0:
         return
-    within, start, padded = _rows_of_tile(tile, count, tile_start_M, TILE)
+    within, start, padded = rows_of_tile(tile, count, tile_start_M, TILE)
     first = tl.program_id(0) % parts * BLOCK_F
-    column = _pairs_of_columns(BLOCK_F)
+    column = pairs_of_columns(BLOCK_F)
     there = first + column < width
     _, weight = pairs_and_weights(pair_R, weights, start + within, within < count, WEIGHTED)
     source = z + start.to(tl.int64) * (2 * width) + first + within[:, None] * (2 * width) + column[None, :]
@@ -322,7 +303,7 @@ def _gradients_by_rows(  # type: ignore[no-untyped-def]
     z, grad_h, weights, pair_R, tile_start_M, values, scales, partial_FR, rows, width, tile, part, count, before,
     WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    within, start, padded = _rows_of_tile(tile, count, tile_start_M, TILE)
+    within, start, padded = rows_of_tile(tile, count, tile_start_M, TILE)
     within, column = before + tl.arange(0, BLOCK_R), tl.arange(0, TILE)
     grad_gate, grad_up, grad_weight, at = _gradients(
         z, grad_h, weights, pair_R, start, within, count, part * TILE, column, width, WEIGHTED
@@ -344,8 +325,8 @@ def _gradients_by_columns(  # type: ignore[no-untyped-def]
     z, grad_h, weights, pair_R, tile_start_M, values, scales, rows, width, tile, first, count,
     WEIGHTED: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    within, start, padded = _rows_of_tile(tile, count, tile_start_M, TILE)
-    column = _pairs_of_columns(BLOCK_F)
+    within, start, padded = rows_of_tile(tile, count, tile_start_M, TILE)
+    column = pairs_of_columns(BLOCK_F)
     grad_gate, grad_up, _weight, _at = _gradients(
         z, grad_h, weights, pair_R, start, within, count, first, column, width, WEIGHTED
     )
@@ -376,26 +357,6 @@ def _gradients(  # type: ignore[no-untyped-def]
     grad_gate, grad_up, grad_weight = swiglu_gradients(gate, up, grad, weight[:, None])
     grad_gate = narrow(grad_gate, z.dtype.element_ty).to(tl.float32)
     return grad_gate, narrow(grad_up, z.dtype.element_ty).to(tl.float32), grad_weight, at
-
-
-@jit
-def _pairs_of_columns(BLOCK_F: tl.constexpr):  # type: ignore[no-untyped-def]
-    """0, 1, …, of which the compiler is told that 2 at a time are neighbours.
-
-    A thread then reads 2 columns of many rows instead of 8 of few: a column's largest is found and divided by in a
-    quarter of the threads, and IEEE divisions are what these kernels would otherwise wait for.
-    """
-    return tl.max_contiguous(tl.arange(0, BLOCK_F), 2)
-
-
-@jit
-def _rows_of_tile(tile, count, tile_start_M, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows within a tile, the first one, and how many are its own with its expert's padding.
-
-    Starts and paddings are multiples of 16, which the compiler must be told to write 16 bytes at a time.
-    """
-    start = tl.multiple_of(tl.load(tile_start_M + tile), 16)
-    return tl.arange(0, TILE), start, (count + 15) // 16 * 16
 
 
 @jit

@@ -48,6 +48,7 @@ def compiled() -> Iterator[list[Any]]:
     run: Callable[..., Any] = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        assert max((*grid, 1, 1)[1:3]) <= 65535, f"{self.__name__}: grid {grid}: CUDA's second and third are 16 bits"
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         found.append(kernel)
         return kernel
