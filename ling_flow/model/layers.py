@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ling_flow.kernels.embedding import embedding
 from ling_flow.kernels.experts import routed_experts
 from ling_flow.kernels.fp8_layers import FP8Weight, fp8_linear, fp8_routed_experts
 from ling_flow.kernels.rms_norm import rms_norm
@@ -37,6 +38,13 @@ class Linear(nn.Linear):
         if self.fp8 is not None:
             return fp8_linear(x, self.weight, self.fp8)
         return functional.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """With a gradient that is summed in a fixed order on a GPU too."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.weight)
 
 
 class RMSNorm(nn.Module):

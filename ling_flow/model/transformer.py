@@ -19,7 +19,7 @@ from ling_flow.kernels.linear_cross_entropy import linear_cross_entropy, linear_
 from ling_flow.kernels.rotary import rotary_frequencies, rotary_tables, yarn_frequencies, yarn_scale
 from ling_flow.model.attention import Attention, CacheView, KVCache
 from ling_flow.model.config import ModelConfig, RouterLoss, Yarn
-from ling_flow.model.layers import MLP, Forward, Gate, Linear, RMSNorm, RouterReport, SparseMoE
+from ling_flow.model.layers import MLP, Embedding, Forward, Gate, Linear, RMSNorm, RouterReport, SparseMoE
 from ling_flow.model.packing import PADDING, pack
 
 
@@ -78,7 +78,7 @@ class BailingMoeV2Model(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         depth = config.num_hidden_layers
-        self.word_embeddings = nn.Embedding.from_pretrained(
+        self.word_embeddings = Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )
         layers: list[DecoderLayer] = [DecoderLayer(config, index) for index in range(depth)]
