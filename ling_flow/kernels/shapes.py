@@ -91,8 +91,8 @@ def route(shape: MoEShape, device: torch.device | str = "cpu", seed: int = 0) ->
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
-    """Standard normal values; on the meta device, none."""
+    """Standard normal values, made where they are wanted; on the meta device, none."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
