@@ -1,5 +1,8 @@
 """The training loop. On the same machine with the same number of threads, the same arguments give the same bits.
 
+Run by every worker of a process group, it trains data-parallel: each takes its rows of every batch, and all make the
+same update.
+
 Shapes: B batch, S sequence.
 """
 
@@ -18,6 +21,7 @@ from ling_flow.data.batches import Batch
 from ling_flow.errors import SystemFault
 from ling_flow.model.config import RouterLoss
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+from ling_flow.parallel.data import DataParallel
 from ling_flow.training.fp8 import Safeguard
 from ling_flow.training.guard import GuardSettings, SpikeGuard
 
@@ -103,6 +107,7 @@ def train(
         SystemFault: too many steps in a row were skipped, and no rollback is left.
     """
     guard = guard or SpikeGuard(GuardSettings(factor=None))
+    workers = DataParallel()
     device = next(model.parameters()).device
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     model.train()
@@ -117,7 +122,8 @@ def train(
         every = 0 if safeguard is None else safeguard.settings.watch_every
         watched = safeguard if every and (step + 1) % every == 0 else None
         with contextlib.nullcontext() if watched is None else watched.watching():
-            losses = _accumulate(model, batch, sequences_per_forward, router_loss)
+            losses = _accumulate(model, batch, sequences_per_forward, router_loss, workers)
+        workers.sum_gradients(parameters)
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip).item()
         taken = guard.takes(losses.loss, gradient_norm)
         if taken:
@@ -128,7 +134,7 @@ def train(
             if safeguard is not None and watched is None:  # once more, to see which operation it was
                 watched = safeguard
                 with safeguard.watching():
-                    _accumulate(model, batch, sequences_per_forward, router_loss)
+                    _accumulate(model, batch, sequences_per_forward, router_loss, workers)
                 model.update_expert_bias(0.0)
         if watched is not None and on_watch is not None:
             on_watch(step + 1, watched)
@@ -174,21 +180,27 @@ def _accumulate(
     batch: Batch,
     sequences_per_forward: int | None,
     router_loss: RouterLoss | None,
+    workers: DataParallel,
 ) -> _Losses:
-    """Backward over the batch in parts; the batch's mean losses."""
+    """Backward over this worker's rows of the batch in parts; the mean losses of the whole batch."""
     totals = torch.zeros(3, device=batch.tokens.device)
     rows: list[Tensor] = []
     targets = batch.targets()
-    for part in batch.split(sequences_per_forward or len(batch.tokens)):
+    mine = workers.share(batch)
+    for part in mine.split(sequences_per_forward or len(mine.tokens)):
         share = part.targets() / max(targets, 1)  # a part's loss is a mean over its own targets
         output = model.loss(part.tokens, documents_BS1=part.documents, router_loss=router_loss)
         (output.loss * share).backward()
         totals += torch.stack([output.loss.detach(), output.cross_entropy, output.mtp_cross_entropy]) * share
         rows.append(output.row_cross_entropy_B)
     by_source: dict[int, float] = {}
-    if batch.sources is not None:
+    if mine.sources is not None and batch.sources is not None:
+        sums = torch.zeros(2, int(batch.sources.max()) + 1, device=batch.tokens.device)  # of losses, of rows
         row_B = torch.cat(rows)
-        for source in batch.sources.unique().tolist():
-            by_source[source] = row_B[batch.sources == source].nanmean().item()
-    loss, cross_entropy, mtp_cross_entropy = totals.tolist()
+        there_B = ~row_B.isnan()
+        sums[0].index_add_(0, mine.sources[there_B], row_B[there_B])
+        sums[1].index_add_(0, mine.sources[there_B], torch.ones_like(row_B[there_B]))
+        total, count = workers.sum_(sums).tolist()
+        by_source = {source: total[source] / count[source] for source in range(len(count)) if count[source]}
+    loss, cross_entropy, mtp_cross_entropy = workers.sum_(totals).tolist()
     return _Losses(loss, cross_entropy, mtp_cross_entropy, by_source)
