@@ -13,6 +13,7 @@ from ling_flow.flow.component import Dataset, Input, Metrics, Model, Output, Res
 from ling_flow.model.config import ModelConfig, RouterLoss
 from ling_flow.scaling.law import Recommendation, ScalingLaw
 from ling_flow.training.guard import GuardSettings
+from ling_flow.training.retention import Retention
 from ling_flow.training.settings import (
     BatchRamp,
     CheckpointIndex,
@@ -70,6 +71,9 @@ class PretrainConfig(StrictModel):
     guard: GuardSettings = Field(GuardSettings(), description="which steps are not taken, and when to roll back")
     checkpoints_saved: int = Field(8, gt=0, description="checkpoints written, evenly spaced, the last at the end")
     checkpoints_kept: int = Field(8, gt=0, description="newest checkpoints kept, for the merge")
+    checkpoints_kept_every: int = Field(
+        0, ge=0, description="every n-th checkpoint, counted from the first, is kept too; 0: none"
+    )
     validation_tokens: int = Field(16384, gt=0, description="validation tokens, per source")
     evaluations: int = Field(
         0,
@@ -84,6 +88,20 @@ class PretrainConfig(StrictModel):
         False,
         why="computing activations a second time gives the same bits",
         description="keep only each layer's input in training and compute the rest again: less memory, more time",
+    )
+    resumable_checkpoints: int = context_field(
+        2,
+        why="a finished stage has one, whatever this says",
+        description="newest checkpoints with training state while the stage runs: one to resume from, others to fall "
+        "back on",
+        gt=0,
+    )
+    failures_per_day: float | None = context_field(
+        None,
+        why="saving more often changes no bit, and not which checkpoints are kept",
+        description="failures expected per day; between the planned checkpoints more are then saved to resume from, at "
+        "the interval that costs least by the measured cost of a save; null: only the planned ones",
+        gt=0,
     )
     watts: float | None = context_field(
         None,
@@ -166,8 +184,10 @@ def pretrain(
     from ling_flow.training.evaluate import mixture_loss, samples, validation_loss
     from ling_flow.training.fp8 import Safeguard
     from ling_flow.training.loop import StepReport
+    from ling_flow.training.saver import SaveReport
     from ling_flow.training.speed import Cost, measured_peak
     from ling_flow.training.stage import batch_sizes, open_stage, run_stage
+    from ling_flow.training.stopping import sigterm_noticed
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -244,26 +264,36 @@ def pretrain(
         for line in safeguard.warnings():
             step.log(f"step {done:,}: {line}")
 
-    tokenizer_dir = opened.path / "tokenizer"
-    kept = run_stage(
-        run,
-        checkpoints.path,
-        batches,
-        settings,
-        tokenizer_dir=tokenizer_dir,
-        on_step=on_step,
-        on_watch=on_watch,
-        log=step.log,
-    )
+    def on_saved(report: SaveReport) -> None:
+        step.metrics(
+            {"save_stall_seconds": report.stall_seconds, "save_seconds": report.seconds},
+            step=report.step,
+        )
+
+    with sigterm_noticed() as stop:
+        kept = run_stage(
+            run,
+            checkpoints.path,
+            batches,
+            settings,
+            tokenizer_dir=opened.path / "tokenizer",
+            on_step=on_step,
+            on_watch=on_watch,
+            on_saved=on_saved,
+            failures_per_day=config.failures_per_day,
+            stop=stop,
+            log=step.log,
+        )
     loss = evaluate(run.state.step)
     CheckpointIndex(
         stage=config.stage,
-        latest=kept[-1].directory,
+        latest=kept.window[-1].directory,
         learning_rate=settings.optimizer.learning_rate,
         batch_tokens=settings.batch_tokens,
         sequence_length=settings.sequence_length,
         mixture=config.mixture,
-        checkpoints=kept,
+        checkpoints=kept.window,
+        milestones=kept.milestones,
     ).save(checkpoints.path)
     checkpoints.contract.update(
         corpus.contract,
@@ -326,7 +356,11 @@ def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> St
         fp8=config.fp8,
         guard=config.guard,
         checkpoints_saved=config.checkpoints_saved,
-        checkpoints_kept=config.checkpoints_kept,
+        retention=Retention(
+            window=config.checkpoints_kept,
+            every=config.checkpoints_kept_every,
+            resume=config.resumable_checkpoints,
+        ),
     )
 
 

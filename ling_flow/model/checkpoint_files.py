@@ -35,7 +35,7 @@ _TYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
 }
-_CODES = {dtype: code for code, dtype in _TYPES.items()}
+_CODES = {dtype: code for code, dtype in _TYPES.items()} | {torch.uint8: "U8"}  # codes of moments; never weights
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def write_weights(
     files = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     stream = iter(tensors)
     for file, names in zip(files, shards, strict=True):
-        _write_file(directory / file, {name: specs[name] for name in names}, islice(stream, len(names)))
+        write_tensors(directory / file, {name: specs[name] for name in names}, islice(stream, len(names)))
     if count > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(spec.nbytes for spec in specs.values())
@@ -197,7 +197,8 @@ def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]
     return shards
 
 
-def _write_file(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_tensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write one file of `tensors`, which come one by one in the order of `specs`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # Wide elements first: every tensor then starts at a multiple of its element's size, and can be mapped in place.

@@ -45,8 +45,12 @@ CONFIG = "config.json"
 def published_tensors(model: BailingMoeV2ForCausalLM) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its published name, as a view of the model's own memory (writing to it changes
     the model)."""
+    return _published(model.state_dict())
+
+
+def _published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         stem, _, last = name.rpartition(".")
         if stem.endswith(".experts"):
             for index, expert in enumerate(tensor):
@@ -112,11 +116,23 @@ def save_pretrained(
     Raises:
         UserError: `tokenizer_dir` is not a directory.
     """
+    save_state(model.config, model.state_dict(), directory, tokenizer_dir, shard_bytes, fp8)
+
+
+def save_state(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    directory: Path,
+    tokenizer_dir: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    fp8: bool = False,
+) -> None:
+    """As `save_pretrained`, from the model's config and state dict."""
     if tokenizer_dir is not None and not tokenizer_dir.is_dir():
         raise UserError(f"{tokenizer_dir}: no such directory; expected the tokenizer's files")
-    tensors = published_tensors(model)
+    tensors = _published(state)
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    write_checkpoint(directory, model.config.to_hf(), tokenizer_dir, specs, tensors.items(), shard_bytes, fp8)
+    write_checkpoint(directory, config.to_hf(), tokenizer_dir, specs, tensors.items(), shard_bytes, fp8)
 
 
 def convert_checkpoint(source: Path, destination: Path, fp8: bool, shard_bytes: int = SHARD_BYTES) -> None:

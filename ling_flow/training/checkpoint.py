@@ -6,7 +6,8 @@
         state.json              TrainingState; training draws no random numbers, so there is no generator to save
         files.json              size and SHA-256 of every other file of the checkpoint; what has it is whole
 
-Written beside its place, synced, renamed: a killed writer leaves nothing that looks like a checkpoint. No pickle.
+Written beside its place, synced, renamed: a killed writer leaves nothing that looks like a checkpoint. Removed the same
+way: renamed, then deleted. No pickle.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ling_flow.config import parse
-from ling_flow.errors import UserError
-from ling_flow.model.hf import save_pretrained
+from ling_flow.errors import SystemFault, UserError
+from ling_flow.model.checkpoint_files import TensorSpec, write_tensors
+from ling_flow.model.config import ModelConfig
+from ling_flow.model.hf import save_state
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.training.adamw8 import MOMENTS, AdamW8bit
 from ling_flow.training.settings import TrainingState
@@ -32,29 +36,70 @@ TRAINING_STATE = "training_state"
 _OPTIMIZER, _STATE, _FILES = "optimizer.safetensors", "state.json", "files.json"
 
 
-def save_checkpoint(
-    root: Path,
-    model: BailingMoeV2ForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-    tokenizer_dir: Path | None = None,
-) -> Path:
-    """Write `root/step-<state.step>`; one that is already there is replaced."""
-    destination = root / f"step-{state.step:08d}"
+@dataclass(frozen=True)
+class Contents:
+    """All that a checkpoint holds but the tokenizer.
+
+    Attributes:
+        weights: the model's state dict.
+        moments: what the optimizer keeps, by `<parameter>:<key>`.
+    """
+
+    config: ModelConfig
+    weights: Mapping[str, torch.Tensor]
+    moments: Mapping[str, torch.Tensor]
+    state: TrainingState
+
+
+def contents_of(model: BailingMoeV2ForCausalLM, optimizer: torch.optim.Optimizer, state: TrainingState) -> Contents:
+    """The tensors are those of `model` and `optimizer` themselves."""
+    moments = {
+        f"{name}:{key}": optimizer.state[parameter][key].detach()
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for key in _MOMENTS
+        if key in optimizer.state[parameter]
+    }
+    return Contents(model.config, model.state_dict(), moments, state)
+
+
+def save_checkpoint(root: Path, contents: Contents, tokenizer_dir: Path | None = None) -> Path:
+    """Write `root/step-<step>`; one that is already there is replaced.
+
+    Raises:
+        SystemFault: it cannot be written (a full disk); what was there stays as it was.
+    """
+    destination = checkpoint_path(root, contents.state.step)
     unfinished = root / f".{destination.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_pretrained(model, unfinished, tokenizer_dir)
-    training_state = unfinished / TRAINING_STATE
-    training_state.mkdir()
-    save_file(_optimizer_tensors(model, optimizer), training_state / _OPTIMIZER)
-    (training_state / _STATE).write_text(state.model_dump_json(indent=2) + "\n")
-    (training_state / _FILES).write_text(json.dumps(_describe(unfinished), indent=2) + "\n")
-    for path in (*training_state.iterdir(), training_state, unfinished):
-        _sync(path)
-    shutil.rmtree(destination, ignore_errors=True)
-    unfinished.rename(destination)
-    _sync(root)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save_state(contents.config, contents.weights, unfinished, tokenizer_dir)
+        training_state = unfinished / TRAINING_STATE
+        training_state.mkdir()
+        specs = {name: TensorSpec.of(tensor) for name, tensor in contents.moments.items()}
+        write_tensors(training_state / _OPTIMIZER, specs, contents.moments.items())
+        (training_state / _STATE).write_text(contents.state.model_dump_json(indent=2) + "\n")
+        (training_state / _FILES).write_text(json.dumps(_describe(unfinished), indent=2) + "\n")
+        for path in (*training_state.iterdir(), training_state, unfinished):
+            _sync(path)
+        remove_checkpoint(destination)
+        unfinished.rename(destination)
+        _sync(root)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = error.strerror or str(error)
+        raise SystemFault(f"{destination}: cannot be written ({reason}); those before it are whole") from error
     return destination
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -62,10 +107,13 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if path.is_dir())
 
 
-def latest_checkpoint(root: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint from which training can go on; damaged ones are skipped, with a line to `report`."""
+def latest_checkpoint(
+    root: Path, report: Callable[[str], None], among: Callable[[int], bool] = lambda step: True
+) -> Path | None:
+    """The newest checkpoint from which training can go on, of the steps `among`; damaged ones are skipped, with a line
+    to `report`."""
     for path in reversed(list_checkpoints(root)):
-        if (path / TRAINING_STATE).is_dir():
+        if among(step_of(path)) and (path / TRAINING_STATE).is_dir():
             try:
                 verify_checkpoint(path)
                 return path
@@ -138,21 +186,19 @@ def drop_training_state(directory: Path) -> None:
     shutil.rmtree(directory / TRAINING_STATE, ignore_errors=True)
 
 
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint, if it is there."""
+    if directory.exists():
+        leftover = directory.with_name(f".{directory.name}.removed")  # a killed removal leaves no half checkpoint
+        directory.rename(leftover)
+        shutil.rmtree(leftover)
+
+
 _MOMENTS = ("step", *MOMENTS)
 
 
 def _in_8_bits(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:
     return isinstance(optimizer, AdamW8bit) and optimizer.in_8_bits(parameter)
-
-
-def _optimizer_tensors(model: BailingMoeV2ForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}:{key}": optimizer.state[parameter][key].detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for key in _MOMENTS
-        if key in optimizer.state[parameter]
-    }
 
 
 def _describe(directory: Path) -> dict[str, dict[str, int | str]]:

@@ -81,8 +81,7 @@ def train(
     safeguard: Safeguard | None = None,
     on_watch: Callable[[int, Safeguard], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
-    save: Callable[[int], None] | None = None,
-    save_every: int = 0,
+    checkpoint: Callable[[int], None] | None = None,
 ) -> None:
     """Run steps `start_step` … `steps` − 1 of a run, in place.
 
@@ -101,7 +100,7 @@ def train(
             skipped.
         on_watch: called with the number of steps done after a pass that the safeguard watched.
         on_step: called after every step.
-        save: called with the number of steps done, every `save_every` steps counted back from the end, included.
+        checkpoint: called with the number of steps done after every step that is not rolled back; saves if it is time.
 
     Raises:
         SystemFault: too many steps in a row were skipped, and no rollback is left.
@@ -163,8 +162,8 @@ def train(
                 )
             step = back_at
             continue
-        if save is not None and save_every and (steps - step - 1) % save_every == 0:
-            save(step + 1)
+        if checkpoint is not None:
+            checkpoint(step + 1)
         step += 1
 
 

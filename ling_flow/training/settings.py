@@ -11,6 +11,7 @@ from ling_flow.config import StrictModel, parse
 from ling_flow.errors import UserError
 from ling_flow.model.config import RouterLoss
 from ling_flow.training.guard import GuardSettings, GuardState
+from ling_flow.training.retention import Retention
 
 INDEX_FILE = "checkpoints.json"
 
@@ -78,7 +79,7 @@ class StageSettings(StrictModel):
     fp8: FP8Settings = Field(FP8Settings(), description="switches of the FP8 recipe")
     guard: GuardSettings = Field(GuardSettings(), description="which steps are not taken")
     checkpoints_saved: int = Field(gt=0, description="checkpoints written, evenly spaced, the last at the end")
-    checkpoints_kept: int = Field(gt=0, description="newest checkpoints kept for merging")
+    retention: Retention = Field(description="which checkpoints stay")
 
     @property
     def batch_tokens(self) -> int:
@@ -87,8 +88,13 @@ class StageSettings(StrictModel):
 
     @property
     def save_every(self) -> int:
-        """Steps between two checkpoints."""
+        """Steps between two planned checkpoints, which are counted back from the end."""
         return max(1, self.steps // self.checkpoints_saved)
+
+    def save_number(self, done: int) -> int | None:
+        """Which planned checkpoint, from 1, comes after `done` steps of the stage; None: none."""
+        number = (done - self.steps) // self.save_every + (self.steps - 1) // self.save_every + 1
+        return None if (self.steps - done) % self.save_every else number
 
 
 class TrainingState(StrictModel):
@@ -128,7 +134,8 @@ class CheckpointIndex(StrictModel):
     batch_tokens: int = Field(description="tokens per optimizer step")
     sequence_length: int = Field(description="tokens per sequence")
     mixture: dict[str, float] = Field(description="sampling weight of each source")
-    checkpoints: list[CheckpointEntry] = Field(min_length=1, description="oldest first")
+    checkpoints: list[CheckpointEntry] = Field(min_length=1, description="evenly spaced up to the latest, oldest first")
+    milestones: list[CheckpointEntry] = Field([], description="earlier ones that were kept, oldest first")
 
     def save(self, directory: Path) -> None:
         """Write `checkpoints.json` into the existing `directory`."""

@@ -9,30 +9,46 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ling_flow.data.batches import Batches, BatchSizes
-from ling_flow.errors import UserError
+from ling_flow.errors import SystemFault, UserError
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.hf import load_pretrained
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.training.checkpoint import (
+    Contents,
+    checkpoint_path,
+    contents_of,
     drop_training_state,
     latest_checkpoint,
     list_checkpoints,
     load_training_state,
+    remove_checkpoint,
     save_checkpoint,
+    step_of,
     verify_checkpoint,
 )
 from ling_flow.training.fp8 import Safeguard, set_precision
 from ling_flow.training.guard import SpikeGuard
+from ling_flow.training.interval import SaveClock
 from ling_flow.training.loop import StepReport, train
 from ling_flow.training.optimizer import build_optimizer, warmup_then_constant
+from ling_flow.training.retention import kept
+from ling_flow.training.saver import Saver, SaveReport
 from ling_flow.training.settings import CheckpointEntry, StageSettings, TrainingState
 
 CONTEXT_FIELDS = ("max_position_embeddings", "rope_theta", "rope_scaling")
 """What a stage may change in a model: its context."""
+
+
+class StageCheckpoints(NamedTuple):
+    """What a finished stage keeps, oldest first: evenly spaced up to its end, and earlier ones."""
+
+    window: list[CheckpointEntry]
+    milestones: list[CheckpointEntry]
 
 
 @dataclass
@@ -95,15 +111,25 @@ def run_stage(
     tokenizer_dir: Path,
     on_step: Callable[[StepReport], None],
     on_watch: Callable[[int, Safeguard], None] | None = None,
+    on_saved: Callable[[SaveReport], None] = lambda report: None,
+    failures_per_day: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
     log: Callable[[str], None] = lambda line: None,
-) -> list[CheckpointEntry]:
-    """Train to the end of the stage, in place; returns the checkpoints kept, oldest first.
+) -> StageCheckpoints:
+    """Train to the end of the stage, in place.
+
+    Args:
+        on_saved: called once a checkpoint is on disk, some steps after its own.
+        failures_per_day: save beside the plan, as often as pays at that rate; None: only as planned.
+        stop: asked after every step; once it says yes, the stage saves and ends with an error.
 
     Raises:
         UserError: the settings of FP8 do not fit the model.
-        SystemFault: too many steps in a row were not finite or spikes, also after going back to a checkpoint.
+        SystemFault: too many steps in a row were not finite or spikes, also after going back to a checkpoint; or a
+            checkpoint could not be written; or the stage was told to stop.
     """
-
+    start = run.state.stage_start
+    clock = SaveClock(failures_per_day)
     guard = SpikeGuard(settings.guard, run.state.guard)
 
     def count(report: StepReport) -> None:
@@ -122,14 +148,35 @@ def run_stage(
         )
         on_step(report)
 
-    def save(step: int) -> None:
-        save_checkpoint(directory, run.model, run.optimizer, run.state, tokenizer_dir)
-        _keep(directory, settings.checkpoints_kept, with_training_state=2)  # one to fall back on
+    def planned(step: int) -> bool:
+        return settings.save_number(step - start) is not None
+
+    def write(contents: Contents) -> None:
+        save_checkpoint(directory, contents, tokenizer_dir)
+        _keep(directory, settings, start)
+
+    def saved(report: SaveReport) -> None:
+        clock.measured(report.stall_seconds, report.seconds)
+        on_saved(report)
+
+    def checkpoint(step: int) -> None:
+        saver.collect()
+        stopping = stop()
+        if stopping or planned(step) or clock.due():
+            saver.save(contents_of(run.model, run.optimizer, run.state))
+            clock.saved()
+        if stopping:
+            saver.wait()
+            done = f"step {step - start:,} of {settings.steps:,}"
+            raise SystemFault(f"told to stop: {settings.stage} is saved at {done}; run again to go on from there")
 
     def roll_back() -> int | None:
-        found = latest_checkpoint(directory, log)
+        saver.wait()
+        # Where another checkpoint is newer, it depends on the time of day: the bits must not.
+        found = latest_checkpoint(directory, log, among=planned)
         if found is None:
             return None
+        _discard(directory, newer_than=found)
         at = run.state.step
         run.model.load_state_dict(load_pretrained(found).state_dict())
         run.optimizer.state.clear()
@@ -140,28 +187,30 @@ def run_stage(
         return before.step
 
     set_precision(run.model, settings.precision, settings.fp8)
-    train(
-        run.model,
-        run.optimizer,
-        batches,
-        steps=run.state.stage_start + settings.steps,
-        schedule=warmup_then_constant(settings.optimizer.learning_rate, settings.warmup_steps),
-        start_step=run.state.step,
-        first_batch_step=run.state.stage_start,
-        gradient_clip=settings.optimizer.gradient_clip,
-        expert_bias_update_rate=settings.expert_bias_update_rate,
-        router_loss=settings.router_loss,
-        sequences_per_forward=settings.sequences_per_forward,
-        guard=guard,
-        roll_back=roll_back,
-        safeguard=Safeguard(run.model, settings.fp8) if settings.precision == "fp8" else None,
-        on_watch=on_watch,
-        on_step=count,
-        save=save,
-        save_every=settings.save_every,
-    )
-    _keep(directory, settings.checkpoints_kept, with_training_state=1)
-    return [_entry(path, run.state) for path in list_checkpoints(directory)]
+    with Saver(write, saved) as saver:
+        train(
+            run.model,
+            run.optimizer,
+            batches,
+            steps=start + settings.steps,
+            schedule=warmup_then_constant(settings.optimizer.learning_rate, settings.warmup_steps),
+            start_step=run.state.step,
+            first_batch_step=start,
+            gradient_clip=settings.optimizer.gradient_clip,
+            expert_bias_update_rate=settings.expert_bias_update_rate,
+            router_loss=settings.router_loss,
+            sequences_per_forward=settings.sequences_per_forward,
+            guard=guard,
+            roll_back=roll_back,
+            safeguard=Safeguard(run.model, settings.fp8) if settings.precision == "fp8" else None,
+            on_watch=on_watch,
+            on_step=count,
+            checkpoint=checkpoint,
+        )
+    _keep(directory, settings, start, finished=True)
+    entries = [_entry(path, run.state) for path in list_checkpoints(directory)]
+    window = settings.retention.window
+    return StageCheckpoints(window=entries[-window:], milestones=entries[:-window])
 
 
 def batch_sizes(settings: StageSettings) -> BatchSizes:
@@ -189,7 +238,7 @@ def _begin(settings: StageSettings, step: int, tokens: int, drawn: dict[str, int
 
 
 def _entry(checkpoint: Path, end: TrainingState) -> CheckpointEntry:
-    step = int(checkpoint.name.removeprefix("step-"))
+    step = step_of(checkpoint)
     sizes = batch_sizes(end.settings)
     later = sizes.before(end.step - end.stage_start) - sizes.before(step - end.stage_start)
     tokens = end.tokens - later * end.settings.sequence_length
@@ -211,13 +260,15 @@ def _discard(directory: Path, newer_than: Path | None) -> None:
         shutil.rmtree(path)
     for path in list_checkpoints(directory):
         if newer_than is None or path.name > newer_than.name:
-            shutil.rmtree(path)
+            remove_checkpoint(path)
 
 
-def _keep(directory: Path, checkpoints: int, with_training_state: int) -> None:
-    """Remove all but the newest checkpoints, and the training state of all but the very newest."""
-    newest_first = list_checkpoints(directory)[::-1]
-    for path in newest_first[checkpoints:]:
-        shutil.rmtree(path)
-    for path in newest_first[with_training_state:checkpoints]:
-        drop_training_state(path)
+def _keep(directory: Path, settings: StageSettings, start: int, finished: bool = False) -> None:
+    """Remove the checkpoints and training states that need not stay."""
+    saved = {step: settings.save_number(step - start) for step in map(step_of, list_checkpoints(directory))}
+    stay = kept(saved, settings.retention, finished)
+    for step in saved:
+        if step not in stay.checkpoints:
+            remove_checkpoint(checkpoint_path(directory, step))
+        elif step not in stay.training_states:
+            drop_training_state(checkpoint_path(directory, step))

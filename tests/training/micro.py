@@ -6,6 +6,7 @@ from pathlib import Path
 from ling_flow.data.corpus import Corpus, build_corpus
 from ling_flow.data.sources import FilesSource
 from ling_flow.model.config import ModelConfig
+from ling_flow.training.retention import Retention
 from ling_flow.training.settings import OptimizerSettings, StageSettings
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "red", "house", "with", "one", "old", "hat"]
@@ -63,6 +64,6 @@ def stage_settings(**changes) -> StageSettings:
         "warmup_steps": 2,
         "expert_bias_update_rate": 1e-3,
         "checkpoints_saved": 3,
-        "checkpoints_kept": 2,
+        "retention": Retention(window=2),
     }
     return StageSettings(**{**fields, **changes})

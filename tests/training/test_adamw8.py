@@ -8,7 +8,7 @@ from ling_flow.errors import UserError
 from ling_flow.model.hf import load_pretrained
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.training.adamw8 import AdamW8bit
-from ling_flow.training.checkpoint import load_training_state, save_checkpoint
+from ling_flow.training.checkpoint import contents_of, load_training_state, save_checkpoint
 from ling_flow.training.loop import train
 from ling_flow.training.optimizer import build_optimizer
 from ling_flow.training.settings import OptimizerSettings, TrainingState
@@ -67,7 +67,7 @@ def test_a_checkpoint_gives_back_every_bit(corpus, tmp_path):
         stage="short", step=2, stage_start=0, tokens=256, sequences=16, skipped_steps=0, seconds=1, load_violation=0,
         settings=settings, drawn_before={}, drawn={"words": 256},
     )  # fmt: skip
-    path = save_checkpoint(tmp_path, model, optimizer, state)
+    path = save_checkpoint(tmp_path, contents_of(model, optimizer, state))
     loaded = load_pretrained(path)
     again = build_optimizer(loaded, ADAMW8)
     assert load_training_state(path, loaded, again) == state

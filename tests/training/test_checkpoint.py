@@ -8,6 +8,7 @@ from ling_flow.errors import UserError
 from ling_flow.model.hf import load_pretrained
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.training.checkpoint import (
+    contents_of,
     drop_training_state,
     latest_checkpoint,
     list_checkpoints,
@@ -43,7 +44,7 @@ def trained(corpus):
 
 def test_checkpoint_is_a_model_directory_that_gives_back_every_bit(trained, corpus, tmp_path):
     model, optimizer = trained
-    path = save_checkpoint(tmp_path, model, optimizer, state_at(2), corpus.path / "tokenizer")
+    path = save_checkpoint(tmp_path, contents_of(model, optimizer, state_at(2)), corpus.path / "tokenizer")
     assert path.name == "step-00000002"
     assert (path / "config.json").exists() and (path / "tokenizer.json").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
@@ -61,7 +62,7 @@ def test_checkpoint_is_a_model_directory_that_gives_back_every_bit(trained, corp
 
 
 def test_nothing_is_pickled(trained, corpus, tmp_path):
-    path = save_checkpoint(tmp_path, *trained, state_at(2), corpus.path / "tokenizer")
+    path = save_checkpoint(tmp_path, contents_of(*trained, state_at(2)), corpus.path / "tokenizer")
     assert {file.suffix for file in path.rglob("*") if file.is_file()} == {".json", ".safetensors"}
 
 
@@ -69,8 +70,8 @@ def test_nothing_is_pickled(trained, corpus, tmp_path):
     "name", ["model.safetensors", "config.json", "training_state/optimizer.safetensors", "training_state/state.json"]
 )
 def test_one_flipped_bit_is_found_and_the_checkpoint_before_it_taken(trained, tmp_path, name):
-    good = save_checkpoint(tmp_path, *trained, state_at(1))
-    bad = save_checkpoint(tmp_path, *trained, state_at(2))
+    good = save_checkpoint(tmp_path, contents_of(*trained, state_at(1)))
+    bad = save_checkpoint(tmp_path, contents_of(*trained, state_at(2)))
     data = bytearray((bad / name).read_bytes())
     data[len(data) // 2] ^= 1
     (bad / name).write_bytes(data)
@@ -82,7 +83,7 @@ def test_one_flipped_bit_is_found_and_the_checkpoint_before_it_taken(trained, tm
 
 
 def test_missing_cut_and_unlisted_files_are_found(trained, tmp_path):
-    path = save_checkpoint(tmp_path, *trained, state_at(1))
+    path = save_checkpoint(tmp_path, contents_of(*trained, state_at(1)))
     weights = path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
@@ -101,8 +102,8 @@ def test_missing_cut_and_unlisted_files_are_found(trained, tmp_path):
 
 
 def test_checkpoint_without_training_state_is_a_model_but_no_place_to_resume(trained, tmp_path):
-    older = save_checkpoint(tmp_path, *trained, state_at(1))
-    newest = save_checkpoint(tmp_path, *trained, state_at(2))
+    older = save_checkpoint(tmp_path, contents_of(*trained, state_at(1)))
+    newest = save_checkpoint(tmp_path, contents_of(*trained, state_at(2)))
     drop_training_state(newest)
     load_pretrained(newest)
     lines = []
@@ -115,14 +116,14 @@ def test_checkpoint_without_training_state_is_a_model_but_no_place_to_resume(tra
 
 
 def test_saving_again_replaces(trained, tmp_path):
-    path = save_checkpoint(tmp_path, *trained, state_at(1))
+    path = save_checkpoint(tmp_path, contents_of(*trained, state_at(1)))
     (path / "model.safetensors").write_bytes(b"damaged")
-    assert save_checkpoint(tmp_path, *trained, state_at(1)) == path
+    assert save_checkpoint(tmp_path, contents_of(*trained, state_at(1))) == path
     verify_checkpoint(path)
 
 
 def test_training_state_of_another_model_is_refused(trained, tmp_path):
-    path = save_checkpoint(tmp_path, *trained, state_at(1))
+    path = save_checkpoint(tmp_path, contents_of(*trained, state_at(1)))
     wider = BailingMoeV2ForCausalLM(micro_model(moe_intermediate_size=24))
     with pytest.raises(UserError, match=r"moments of .* have shape"):
         load_training_state(path, wider, build_optimizer(wider, SETTINGS.optimizer))
@@ -132,7 +133,7 @@ def test_training_state_of_another_model_is_refused(trained, tmp_path):
 
 
 def test_state_says_where_the_run_stands(trained, tmp_path):
-    path = save_checkpoint(tmp_path, *trained, state_at(7))
+    path = save_checkpoint(tmp_path, contents_of(*trained, state_at(7)))
     state = json.loads((path / "training_state" / "state.json").read_text())
     assert (state["step"], state["tokens"], state["sequences"]) == (7, 448, 28)
     assert state["settings"]["optimizer"]["learning_rate"] == 3e-3

@@ -8,6 +8,7 @@ import torch
 from ling_flow.data.batches import Batch, Batches
 from ling_flow.errors import SystemFault
 from ling_flow.training.guard import GuardSettings, GuardState, Running, SpikeGuard
+from ling_flow.training.interval import SaveClock
 from ling_flow.training.stage import batch_sizes, open_stage, run_stage
 from tests.training.micro import micro_model, stage_settings
 
@@ -115,6 +116,18 @@ def test_a_kill_after_a_rollback_changes_nothing(corpus, tmp_path):
     run(corpus, tmp_path / "killed", {13, 14}, stop_after=24)
     again, _, asked, _ = run(corpus, tmp_path / "killed", {13, 14})
     assert asked[0] == 23  # 20 steps were saved, 3 batches passed over
+    assert again.state.guard == whole.state.guard
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_a_rollback_goes_to_a_planned_checkpoint(corpus, tmp_path, monkeypatch):
+    """One that was saved beside the plan is newer, but it depends on the time of day."""
+    whole, _, _, _ = run(corpus, tmp_path / "whole", {13, 14})
+    monkeypatch.setattr(SaveClock, "due", lambda self: True)  # after every step
+    again, _, asked, lines = run(corpus, tmp_path / "again", {13, 14})
+    assert asked == [*range(15), *range(15, 27)]
+    assert any("rolled back from step 15 to 12" in line for line in lines)
     assert again.state.guard == whole.state.guard
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name

@@ -113,10 +113,10 @@ def test_accumulated_batch_equals_whole_batch(corpus):
     assert two[0].load_violation == one[0].load_violation
 
 
-def test_save_is_called_at_even_distances_back_from_the_end(corpus):
-    saved = []
-    run(corpus, steps=7, save=saved.append, save_every=3)
-    assert saved == [1, 4, 7]
+def test_a_checkpoint_may_follow_every_step(corpus):
+    done = []
+    run(corpus, steps=3, checkpoint=done.append)
+    assert done == [1, 2, 3]
 
 
 def test_a_stage_draws_its_own_batches_from_zero(corpus):

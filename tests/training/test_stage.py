@@ -1,11 +1,17 @@
+import signal
+
 import pytest
 import torch
 
 from ling_flow.data.batches import Batches
-from ling_flow.errors import UserError
+from ling_flow.errors import SystemFault, UserError
 from ling_flow.model.hf import load_pretrained
+from ling_flow.training import stage as stage_module
 from ling_flow.training.checkpoint import list_checkpoints
+from ling_flow.training.interval import SaveClock
+from ling_flow.training.retention import Retention
 from ling_flow.training.stage import batch_sizes, open_stage, run_stage
+from ling_flow.training.stopping import sigterm_noticed
 from tests.training.micro import micro_model, stage_settings
 
 CPU = torch.device("cpu")
@@ -15,7 +21,7 @@ class Killed(BaseException):
     """Stands in for the end of the process."""
 
 
-def run(corpus, directory, settings, config, previous=None, die_after=None, log=lambda line: None):
+def run(corpus, directory, settings, config, previous=None, die_after=None, log=lambda line: None, **options):
     """Open the stage in `directory` and train it to its end, or until `die_after` steps of it are done."""
     directory.mkdir(exist_ok=True)
     stage = open_stage(directory, settings, config, seed=0, previous=previous, device=CPU, log=log)
@@ -34,8 +40,10 @@ def run(corpus, directory, settings, config, previous=None, die_after=None, log=
         if die_after is not None and report.step - stage.state.stage_start > die_after:
             raise Killed
 
-    entries = run_stage(stage, directory, batches, settings, tokenizer_dir=corpus.path / "tokenizer", on_step=on_step)
-    return stage, entries, reports
+    kept = run_stage(
+        stage, directory, batches, settings, tokenizer_dir=corpus.path / "tokenizer", on_step=on_step, **options
+    )
+    return stage, kept.window, reports
 
 
 def assert_same_model(one, two):
@@ -146,3 +154,71 @@ def test_previous_stage_must_be_the_same_model_and_whole(corpus, tmp_path):
     (previous / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config.json: damaged"):
         run(corpus, tmp_path / "mid", stage_settings(), micro_model(), previous)
+
+
+class Eager(SaveClock):
+    """Saves beside the plan after every step."""
+
+    def due(self):
+        return True
+
+
+def test_saving_beside_the_plan_changes_no_bit_and_nothing_that_is_kept(corpus, tmp_path, monkeypatch):
+    settings, config = stage_settings(steps=9, retention=Retention(window=2, every=2)), micro_model()
+    _, plain, _ = run(corpus, tmp_path / "plain", settings, config)
+    monkeypatch.setattr(stage_module, "SaveClock", Eager)
+    reports = []
+    _, eager, _ = run(corpus, tmp_path / "eager", settings, config, on_saved=reports.append)
+    assert [report.step for report in reports] == list(range(1, 10))
+    assert all(report.stall_seconds > 0 and report.seconds > 0 for report in reports)
+    assert plain == eager
+    names = [path.name for path in list_checkpoints(tmp_path / "plain")]
+    assert names == ["step-00000006", "step-00000009"] == [path.name for path in list_checkpoints(tmp_path / "eager")]
+    for name in names:
+        assert_same_model(tmp_path / "plain" / name, tmp_path / "eager" / name)
+
+
+def test_milestones_are_kept_and_told_apart_from_what_is_merged(corpus, tmp_path):
+    settings = stage_settings(steps=8, checkpoints_saved=8, retention=Retention(window=3, every=3))
+    stage = open_stage(tmp_path, settings, micro_model(), seed=0, previous=None, device=CPU, log=print)
+    batches = Batches(corpus, {"words": 1}, 16, batch_sizes(settings), 0)
+    kept = run_stage(
+        stage, tmp_path, batches, settings, tokenizer_dir=corpus.path / "tokenizer", on_step=lambda _: None
+    )
+    assert [entry.step for entry in kept.window] == [6, 7, 8]
+    assert [(entry.step, entry.tokens) for entry in kept.milestones] == [(3, 192)]
+    assert len(list_checkpoints(tmp_path)) == 4
+
+
+def test_told_to_stop_a_stage_saves_and_goes_on_bit_for_bit(corpus, tmp_path):
+    settings, config = stage_settings(), micro_model()
+    run(corpus, tmp_path / "whole", settings, config)
+    asked = []
+
+    def stop():
+        asked.append(True)
+        return len(asked) == 3
+
+    with pytest.raises(SystemFault, match="told to stop: short is saved at step 3 of 6; run again"):
+        run(corpus, tmp_path / "stopped", settings, config, stop=stop)
+    assert [path.name for path in list_checkpoints(tmp_path / "stopped")] == ["step-00000002", "step-00000003"]
+    _, _, reports = run(corpus, tmp_path / "stopped", settings, config)
+    assert len(reports) == 3
+    assert [path.name for path in list_checkpoints(tmp_path / "stopped")] == ["step-00000004", "step-00000006"]
+    for name in ("step-00000004", "step-00000006"):
+        assert_same_model(tmp_path / "whole" / name, tmp_path / "stopped" / name)
+
+
+def test_sigterm_is_noticed_within_the_block_and_means_what_it_did_after():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+    try:
+        with sigterm_noticed() as stop:
+            assert not stop()
+            signal.raise_signal(signal.SIGTERM)
+            assert stop()
+        assert heard == []
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [True]
+    finally:
+        signal.signal(signal.SIGTERM, before)
