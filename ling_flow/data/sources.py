@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ling_flow.config import StrictModel, context_field
 from ling_flow.data.reasoning import TaskSpec
@@ -43,13 +43,26 @@ class FilesSource(BoundedSource):
     kind: Literal["files"] = "files"
     paths: list[str] = context_field(
         why="the content bears identity, through digest; where it lies does not",
-        description="files, glob patterns, or fsspec URLs such as s3://bucket/*.parquet",
+        description="files, glob patterns, or fsspec URLs such as s3://bucket/*.parquet; hf_dataset: directories",
         min_length=1,
     )
-    format: Literal["auto", "jsonl", "parquet", "text"] = Field(
-        default="auto", description="how to read the files; auto decides by suffix"
+    format: Literal["auto", "jsonl", "parquet", "text", "hf_dataset"] = Field(
+        default="auto",
+        description="how to read the files; auto decides by suffix; hf_dataset: a directory written by "
+        "datasets.save_to_disk, or of parquet files as on the Hugging Face Hub",
     )
-    text_field: str = Field(default="text", description="field (jsonl) or column (parquet) that holds a document")
+    split: str | None = Field(
+        default=None, description="hf_dataset: split to read; null: train, or the only one of a saved Dataset"
+    )
+    text_field: str = Field(
+        default="text", description="field (jsonl) or column (parquet, hf_dataset) that holds a document"
+    )
+
+    @model_validator(mode="after")
+    def _split_of_a_dataset(self) -> Self:
+        if self.split is not None and self.format != "hf_dataset":
+            raise ValueError("split: only format hf_dataset has splits")
+        return self
 
 
 class ReasoningSource(SourceBase):

@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 
 from ling_flow.config import identity_of
 from ling_flow.data.chat import parse_completion
-from ling_flow.data.documents import DOCUMENT_CHARACTERS, documents, is_rendered, pin, split_text
+from ling_flow.data.documents import documents, is_rendered, pin
+from ling_flow.data.files import DOCUMENT_CHARACTERS, split_text
 from ling_flow.data.reasoning import TaskSpec, is_held_out
 from ling_flow.data.sources import FilesSource, ReasoningSource, Source, StdlibSource
 from ling_flow.errors import UserError
