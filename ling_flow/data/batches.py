@@ -24,7 +24,10 @@ from ling_flow.errors import UserError
 Packing = Literal["stream", "masked_stream", "best_fit"]
 """How documents fill a row. `stream`: one after the other, cut at its end, all of the row seen by all of it.
 `masked_stream`: the same, but documents do not see each other. `best_fit`: documents whole wherever they fit, not
-seeing each other, the rest of a row padded. A later stage goes on by tokens read: after packing it may meet a document again."""
+seeing each other, the rest of a row padded; a later stage goes on by tokens, so it may meet some documents again."""
+
+PIECE_SEQUENCES = 4
+"""Sequences that a piece of a long document is long."""
 
 
 class Batch(NamedTuple):
@@ -93,6 +96,8 @@ class Batches:
         mixture_end: weights at the end of the stage, to which shares move linearly; None: those of the start.
         sequences: of the whole stage; needed with `mixture_end`.
         drawn_before: per source, tokens that earlier stages have read: this one goes on behind them.
+        piece_tokens: documents are shuffled in pieces of at most so many, the same for all stages of a run; None: four
+            sequences, so that four of five rows of a long document are of one piece.
 
     Raises:
         UserError: an unknown source, weights that are no mixture, or a source shorter than one sequence.
@@ -111,6 +116,7 @@ class Batches:
         mixture_end: Mapping[str, float] | None = None,
         sequences: int | None = None,
         drawn_before: Mapping[str, int] | None = None,
+        piece_tokens: int | None = None,
     ) -> None:
         for source in (*mixture, *(mixture_end or {})):
             corpus.require(source)
@@ -131,7 +137,7 @@ class Batches:
             self._streams.append(
                 PackedDocuments(tokens, offsets, key, sequence_length + 1)
                 if packing == "best_fit"
-                else DocumentStream(tokens, offsets, key)
+                else DocumentStream(tokens, offsets, key, piece_tokens or PIECE_SEQUENCES * sequence_length)
             )
 
     def batch(self, step: int) -> Batch:

@@ -1,7 +1,8 @@
 """The tokens of one source, epoch after epoch, each epoch's documents in an order of its own.
 
 Where to go on is one integer, tokens read so far, whatever lengths they were read in: a later stage with longer
-sequences sees none of an epoch again.
+sequences sees none of an epoch again. Long documents are shuffled in pieces, or else step after step would read on in
+the same one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Row(NamedTuple):
 
 
 class _Epoch(NamedTuple):
-    order: npt.NDArray[np.int64]  # documents as they come
+    order: npt.NDArray[np.int64]  # pieces as they come
     ends: npt.NDArray[np.int64]  # end of each in the epoch, tokens
 
 
@@ -35,11 +36,18 @@ class DocumentStream:
         tokens: all its documents, one after the other.
         offsets: where each begins, and the end of the last [documents + 1].
         key: with the epoch, decides the order.
+        piece_tokens: longer documents are cut into pieces of so many, each of which counts as a document.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.unsignedinteger], offsets: npt.NDArray[np.int64], key: str) -> None:
-        self._tokens, self._offsets, self._key = tokens, np.asarray(offsets), key
-        self._lengths = np.diff(self._offsets)
+    def __init__(
+        self, tokens: npt.NDArray[np.unsignedinteger], offsets: npt.NDArray[np.int64], key: str, piece_tokens: int
+    ) -> None:
+        self._tokens, self._key = tokens, key
+        begins, ends = np.asarray(offsets)[:-1], np.asarray(offsets)[1:]
+        pieces = -(-(ends - begins) // piece_tokens)
+        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self._begins = np.repeat(begins, pieces) + within * piece_tokens
+        self._lengths = np.minimum(np.repeat(ends, pieces) - self._begins, piece_tokens)
         self.length = len(tokens)  # of an epoch, tokens
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
 
@@ -56,9 +64,10 @@ class DocumentStream:
             epoch, at = divmod(position + filled, self.length)
             order, ends = self._epoch(epoch)
             place = int(np.searchsorted(ends, at, side="right"))
-            document = int(order[place])
-            begin = int(self._offsets[document + 1]) - (int(ends[place]) - at)
-            take = min(count - filled, int(self._offsets[document + 1]) - begin)
+            left = int(ends[place]) - at  # of the piece
+            piece = int(order[place])
+            begin = int(self._begins[piece]) + int(self._lengths[piece]) - left
+            take = min(count - filled, left)
             tokens[filled : filled + take] = self._tokens[begin : begin + take]
             documents[filled : filled + take] = number
             filled, number = filled + take, number + 1

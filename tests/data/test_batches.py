@@ -76,11 +76,11 @@ def test_an_epoch_predicts_every_token_once(
 
 def test_a_later_stage_with_longer_sequences_sees_nothing_again(corpus: Corpus) -> None:
     mixture = {"code": 1.0, "sums": 2.0}
-    first = Batches(corpus, mixture, 16, 4, seed=3)
+    first = Batches(corpus, mixture, 16, 4, seed=3, piece_tokens=200)
     drawn = first.drawn(20)
     assert sum(drawn.values()) == 20 * 4 * 16
-    later = Batches(corpus, mixture, 48, 4, seed=3, drawn_before=drawn)
-    whole = Batches(corpus, {"sums": 1.0}, 16, 1, seed=3)
+    later = Batches(corpus, mixture, 48, 4, seed=3, drawn_before=drawn, piece_tokens=200)
+    whole = Batches(corpus, {"sums": 1.0}, 16, 1, seed=3, piece_tokens=200)
     at = drawn["sums"] // 16
     expected = np.concatenate([whole.row(at + part)[1].tokens[:-1] for part in range(3)])
     source, row = next(found for found in map(later.row, range(9)) if later.sources[found[0]] == "sums")
@@ -95,8 +95,8 @@ def test_documents_of_a_row_are_told_apart(corpus: Corpus) -> None:
         assert batch.documents is not None
         for tokens, documents in zip(batch.tokens.tolist(), batch.documents.tolist(), strict=True):
             for at in range(len(tokens) - 1):
-                if documents[at] != -1:
-                    assert (documents[at + 1] != documents[at]) == (tokens[at] == eos)
+                if documents[at] != -1 and tokens[at] == eos:
+                    assert documents[at + 1] != documents[at]
         assert batch.targets() < batch.tokens[:, 1:].numel()
         assert sum(part.targets() for part in batch.split(3)) == batch.targets()
 

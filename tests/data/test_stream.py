@@ -20,7 +20,7 @@ def source(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
 @given(lengths=LENGTHS, cuts=st.lists(st.integers(1, 17), min_size=1, max_size=5))
 def test_an_epoch_holds_every_document_once_whole(lengths: list[int], cuts: list[int]) -> None:
     tokens, offsets = source(lengths)
-    stream = DocumentStream(tokens, offsets, "0/code")
+    stream = DocumentStream(tokens, offsets, "0/code", 1000)
     whole = stream.read(0, 2 * len(tokens))
     for epoch in (whole.tokens[: len(tokens)], whole.tokens[len(tokens) :]):
         assert sorted(epoch) == tokens.tolist()
@@ -41,11 +41,25 @@ def test_an_epoch_holds_every_document_once_whole(lengths: list[int], cuts: list
 
 def test_epochs_and_keys_have_their_own_order() -> None:
     tokens, offsets = source([3] * 20)
-    stream, other = DocumentStream(tokens, offsets, "0/code"), DocumentStream(tokens, offsets, "1/code")
+    stream, other = DocumentStream(tokens, offsets, "0/code", 1000), DocumentStream(tokens, offsets, "1/code", 1000)
     first, second = stream.read(0, 60).tokens.tolist(), stream.read(60, 60).tokens.tolist()
     assert first != second
     assert first != other.read(0, 60).tokens.tolist()
     assert stream.read(60 * 1_000_000 + 7, 5).tokens.tolist() == stream.read(60 * 1_000_000 + 7, 5).tokens.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, piece=st.integers(1, 12))
+def test_long_documents_come_in_pieces(lengths: list[int], piece: int) -> None:
+    tokens, offsets = source(lengths)
+    epoch = DocumentStream(tokens, offsets, "0/code", piece).read(0, len(tokens))
+    assert sorted(epoch.tokens) == tokens.tolist()
+    for number in range(epoch.documents.max() + 1):
+        run = epoch.tokens[epoch.documents == number].tolist()
+        assert run == list(range(run[0], run[0] + len(run)))
+        document = int(np.searchsorted(offsets, run[0], side="right")) - 1
+        assert (run[0] - offsets[document]) % piece == 0
+        assert len(run) == min(piece, offsets[document + 1] - run[0])
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,9 +109,9 @@ def test_packed_rows_are_nearly_full() -> None:
 @pytest.mark.parametrize("position", [0, 5, 10**9])
 def test_reading_nothing_of_the_past_is_kept(position: int) -> None:
     tokens, offsets = source([7, 2, 9, 1])
-    used = DocumentStream(tokens, offsets, "0/a")
+    used = DocumentStream(tokens, offsets, "0/a", 4)
     used.read(3, 50)
     assert (
         used.read(position, 40).tokens.tolist()
-        == DocumentStream(tokens, offsets, "0/a").read(position, 40).tokens.tolist()
+        == DocumentStream(tokens, offsets, "0/a", 4).read(position, 40).tokens.tolist()
     )
