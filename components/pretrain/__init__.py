@@ -10,7 +10,7 @@ from components.contracts import check_same_tokenizer
 from ling_flow.config import StrictModel, context_field
 from ling_flow.errors import UserError
 from ling_flow.flow.component import Dataset, Input, Metrics, Model, Output, Resources, Step, component
-from ling_flow.model.config import ModelConfig, RouterLoss
+from ling_flow.model.config import ModelConfig, RouterLoss, Yarn
 from ling_flow.scaling.law import Recommendation, ScalingLaw
 from ling_flow.training.guard import GuardSettings
 from ling_flow.training.retention import Retention
@@ -45,6 +45,9 @@ class PretrainConfig(StrictModel):
         "do not see each other; best_fit: also whole wherever they fit, the rest of a row padded",
     )
     rope_theta: float | None = Field(None, gt=0, description="rotary base of this stage; null: that of `model`")
+    rope_scaling: Yarn | None = Field(
+        None, description="YaRN from this stage on, to a context of factor × original; null: that of `model`"
+    )
     learning_rate: float | None = Field(None, gt=0, description="constant learning rate; null: from the scaling law")
     batch_tokens: int | None = Field(
         None, gt=0, description="tokens per step, rounded to whole sequences; null: from the scaling law"
@@ -130,6 +133,14 @@ class PretrainConfig(StrictModel):
                 f"sequence_length must be at most model.max_position_embeddings "
                 f"({self.model.max_position_embeddings}), got {self.sequence_length}"
             )
+        if self.rope_scaling is not None:
+            reach = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
+            if not self.sequence_length <= reach <= self.model.max_position_embeddings:
+                raise ValueError(
+                    f"rope_scaling: factor × original_max_position_embeddings is {reach}; it must be at least "
+                    f"sequence_length ({self.sequence_length}) and at most model.max_position_embeddings "
+                    f"({self.model.max_position_embeddings})"
+                )
         if self.checkpoints_kept > self.checkpoints_saved:
             saved, kept = self.checkpoints_saved, self.checkpoints_kept
             raise ValueError(f"checkpoints_kept must be at most checkpoints_saved ({saved}), got {kept}")
@@ -378,9 +389,12 @@ def stage_model(config: PretrainConfig, vocab_size: int, eos_id: int, context_be
     if config.model.vocab_size < vocab_size:
         got = config.model.vocab_size
         raise UserError(f"pretrain.model.vocab_size: must be at least that of the corpus ({vocab_size}), got {got}")
+    yarn = config.rope_scaling or config.model.rope_scaling
+    reach = 0 if yarn is None else int(yarn.factor * yarn.original_max_position_embeddings)
     return config.model.model_copy(
         update={
-            "max_position_embeddings": max(config.sequence_length, context_before),
+            "max_position_embeddings": reach or max(config.sequence_length, context_before),
+            "rope_scaling": yarn,
             "rope_theta": config.rope_theta or config.model.rope_theta,
             "eos_token_id": eos_id,
             "pad_token_id": eos_id,

@@ -143,6 +143,22 @@ def test_stages_go_on_from_each_other_and_grow_the_context(short, root, inputs):
     assert again.manifest.outputs["checkpoints"].contract["context_length"] == 32
 
 
+def test_a_stage_can_extend_the_context_by_yarn(short, root, inputs):
+    yarn = {"factor": 2, "original_max_position_embeddings": 16}
+    outcome = pretrain(
+        config(stage="extension", sequence_length=32, rope_scaling=yarn),
+        root=root,
+        previous=short.refs["checkpoints"],
+        **inputs,
+    )
+    latest = outcome.outputs["checkpoints"] / CheckpointIndex.load(outcome.outputs["checkpoints"]).latest
+    model = load_pretrained(latest)
+    assert model.config.max_position_embeddings == 32
+    assert model.config.rope_scaling is not None and model.config.rope_scaling.factor == 2
+    with pytest.raises(UserError, match=r"rope_scaling: factor × original_max_position_embeddings is 64; .* at most"):
+        parse(PretrainConfig, {**config(), "rope_scaling": {**yarn, "factor": 4}}, "pretrain")
+
+
 def test_a_later_stage_draws_sequences_the_first_did_not(short, root, inputs, monkeypatch):
     from ling_flow.data import batches
 
