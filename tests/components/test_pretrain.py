@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from components.pretrain import PretrainConfig, pretrain, stage_model
 from ling_flow.config import identity_of, parse
-from ling_flow.errors import UserError
+from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow.artifact import Ref
 from ling_flow.flow.component import Step
 from ling_flow.model import transformer
@@ -227,8 +228,42 @@ def test_bad_budgets_sources_and_vocabularies_are_refused_before_training(root, 
         stage_model(PretrainConfig(**config(model=micro_model(vocab_size=270).model_dump())), 280, 279, 0)
 
 
-def test_threads_and_recomputation_do_not_bear_identity():
-    assert not {"threads", "recompute"} & identity_of(PretrainConfig(**config())).keys()
+def test_what_changes_no_bit_does_not_bear_identity():
+    context = {"threads", "recompute", "watts", "failures_per_day", "resumable_checkpoints"}
+    assert not context & identity_of(PretrainConfig(**config())).keys()
+
+
+def test_saving_to_resume_changes_nothing_that_is_left_and_its_cost_is_told(short, inputs, tmp_path):
+    tracker = Recorder()
+    again = pretrain(config(failures_per_day=1e9), root=tmp_path, tracker=tracker, **elsewhere(inputs, tmp_path))
+    assert not again.cached and again.fingerprint == short.fingerprint
+    saves = {step: values for step, values in tracker.seen.items() if "save_seconds" in values}
+    assert 1 in saves and {2, 4, 6} <= saves.keys()  # the first to know what a save costs
+    assert all(values["save_seconds"] > 0 and values["save_stall_seconds"] > 0 for values in saves.values())
+    one, other = short.outputs["checkpoints"], again.outputs["checkpoints"]
+    assert CheckpointIndex.load(one) == CheckpointIndex.load(other)
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    for entry in CheckpointIndex.load(one).checkpoints:
+        weights = f"{entry.directory}/model.safetensors"
+        assert (one / weights).read_bytes() == (other / weights).read_bytes()
+
+
+def test_milestones_stay_beside_those_for_the_merge(root, inputs):
+    outcome = pretrain(config(checkpoints_saved=6, checkpoints_kept=2, checkpoints_kept_every=2), root=root, **inputs)
+    index = CheckpointIndex.load(outcome.outputs["checkpoints"])
+    assert [entry.step for entry in index.checkpoints] == [5, 6]
+    assert [(entry.step, entry.tokens) for entry in index.milestones] == [(2, 128), (4, 256)]
+    assert load_pretrained(outcome.outputs["checkpoints"] / "step-00000002")
+
+
+def elsewhere(inputs, root):
+    """The same inputs below another root, so that the step runs again with the same fingerprint."""
+    copies = {}
+    for name, reference in inputs.items():
+        ref = Ref.parse(reference)
+        shutil.copytree(Path(reference).parent, root / ref.component / ref.fingerprint)
+        copies[name] = str(root / ref.component / ref.fingerprint / ref.output)
+    return copies
 
 
 def test_recomputation_changes_no_bit(short, inputs, tmp_path, monkeypatch):
@@ -239,12 +274,7 @@ def test_recomputation_changes_no_bit(short, inputs, tmp_path, monkeypatch):
         return checkpoint(function, *arguments, **options)
 
     monkeypatch.setattr(transformer, "checkpoint", watched)
-    elsewhere = {}
-    for name, reference in inputs.items():
-        ref = Ref.parse(reference)
-        shutil.copytree(Path(reference).parent, tmp_path / ref.component / ref.fingerprint)
-        elsewhere[name] = str(tmp_path / ref.component / ref.fingerprint / ref.output)
-    again = pretrain(config(recompute=True), root=tmp_path, **elsewhere)
+    again = pretrain(config(recompute=True), root=tmp_path, **elsewhere(inputs, tmp_path))
     assert recomputed
     assert not again.cached
     assert again.fingerprint == short.fingerprint
@@ -253,23 +283,16 @@ def test_recomputation_changes_no_bit(short, inputs, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_process_goes_on_bit_for_bit(root, inputs, tmp_path):
-    """kill -9 in the middle of the stage, then the same command again."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ended_process_goes_on_bit_for_bit(root, inputs, tmp_path, number):
+    """A signal in the middle of the stage, then the same command again."""
     settings = config(tokens=64 * 60, checkpoints_saved=20)
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(settings))
     whole = pretrain(settings, root=root, **inputs).outputs["checkpoints"]
 
-    # The same inputs below another root, so that the step runs again with the same fingerprint.
     other = tmp_path / "artifacts"
-    references = []
-    for name, reference in inputs.items():
-        ref = Ref.parse(reference)
-        source = Path(reference).parent
-        target = other / ref.component / ref.fingerprint
-        target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cp", "-r", source, target], check=True)
-        references += [f"--{name}", str(target / ref.output)]
+    references = [word for name, ref in elsewhere(inputs, other).items() for word in (f"--{name}", ref)]
     command = [sys.executable, "-m", "components.pretrain", "--config", str(file), "--root", str(other), *references]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LING_FLOW_", "MLFLOW_"))}
     environment["LING_FLOW_HOME"] = str(tmp_path / "home")
@@ -277,12 +300,17 @@ def test_killed_process_goes_on_bit_for_bit(root, inputs, tmp_path):
     def saved():
         return [path for path in other.rglob("step-*") if path.is_dir() and (path / "training_state").is_dir()]
 
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while len(saved()) < 2 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(number)
+    told = process.communicate(timeout=120)[1]
+    if number == signal.SIGTERM:
+        assert process.returncode == SystemFault.exit_code
+        assert re.search(r"told to stop: short is saved at step \d+ of 60; run again", told.splitlines()[-1])
+    else:
+        assert process.returncode == -signal.SIGKILL
     assert not list(other.rglob("checkpoints.json"))
 
     second = subprocess.run(command, env=environment, capture_output=True, text=True)
