@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from components.problems import TASKS
 from ling_flow.config import StrictModel, context_field
 from ling_flow.data.documents import pin
+from ling_flow.data.filters import Filters
 from ling_flow.data.sources import ReasoningSource, Source, StdlibSource
 from ling_flow.data.tokenizer import Tokenizer, tokenizer_digest
 from ling_flow.errors import UserError
-from ling_flow.flow.component import Dataset, Output, Resources, Step, component
+from ling_flow.flow.component import HTML, Dataset, Output, Resources, Step, component
 
 
 def default_sources() -> list[Source]:
@@ -48,7 +49,14 @@ class PrepareDataConfig(StrictModel):
         0.03, gt=0, le=0.5, description="share of the documents kept for validation, 0 to 0.5"
     )
     tokenizer_characters: int = Field(1_000_000, ge=1, description="characters the tokenizer learns from, in all")
+    filters: Filters = Field(Filters(), description="what is left out of files and the standard library")
     seed: int = Field(0, ge=0, description="seed of sampling and of the procedural problems")
+    workers: int | None = context_field(
+        None,
+        why="the corpus is the same, to the bit, for any number",
+        description="processes that tokenise a large corpus; null: one per core",
+        ge=1,
+    )
 
     @field_validator("sources")
     @classmethod
@@ -72,6 +80,9 @@ class PrepareDataResult(StrictModel):
     tokens: int = Field(description="tokens of all sources, validation included")
     documents: int = Field(description="different documents")
     duplicates: int = Field(description="documents left out because the corpus already held them")
+    near_duplicates: int = Field(description="documents left out because the corpus held one that is near")
+    contaminated: int = Field(description="documents left out because they hold an evaluation problem")
+    low_quality: int = Field(description="documents left out by the bounds of quality")
     unigram_entropy: float = Field(
         description="cross-entropy of validation under the training unigram, nats per token; a model must be below"
     )
@@ -79,7 +90,11 @@ class PrepareDataResult(StrictModel):
 
 
 def _pinned(config: PrepareDataConfig) -> PrepareDataConfig:
-    pinned = {"sources": [pin(source) for source in config.sources]}
+    pinned: dict[str, Any] = {"sources": [pin(source) for source in config.sources]}
+    if decontamination := config.filters.decontamination:
+        files = tuple(pin(source) for source in decontamination.files)
+        filters = {"decontamination": decontamination.model_copy(update={"files": files})}
+        pinned["filters"] = config.filters.model_copy(update=filters)
     if config.tokenizer is None:
         return config.model_copy(update=pinned)
     digest = tokenizer_digest(config.tokenizer)
@@ -88,10 +103,14 @@ def _pinned(config: PrepareDataConfig) -> PrepareDataConfig:
     return config.model_copy(update={**pinned, "tokenizer_digest": digest})
 
 
-@component(version=1, resources=Resources(cpus=2, memory_gib=4), resolve=_pinned)
-def prepare_data(config: PrepareDataConfig, corpus: Output[Dataset], step: Step) -> PrepareDataResult:
+@component(version=2, resources=Resources(cpus=2, memory_gib=4), resolve=_pinned)
+def prepare_data(
+    config: PrepareDataConfig, corpus: Output[Dataset], report: Output[HTML], step: Step
+) -> PrepareDataResult:
     """Read the sources, train a tokenizer or take the given one, and write deduplicated token shards."""
-    from ling_flow.data.corpus import build_corpus
+    from ling_flow.data.build import build_corpus
+    from ling_flow.data.examine import cores
+    from ling_flow.data.report import html_page
 
     built = build_corpus(
         corpus.path,
@@ -101,9 +120,14 @@ def prepare_data(config: PrepareDataConfig, corpus: Output[Dataset], step: Step)
         tokenizer_characters=config.tokenizer_characters,
         seed=config.seed,
         tokenizer=None if config.tokenizer is None else Tokenizer.load(config.tokenizer),
+        filters=config.filters,
+        workers=config.workers or cores(),
         progress=step.progress,
     )
     statistics = built.statistics
+    page = report.path / "index.html"
+    page.write_text(html_page(statistics, f"Corpus of {', '.join(statistics.sources)}"), encoding="utf-8")
+    step.tracker.artifact(page)
     for name, source in statistics.sources.items():
         step.log(f"{name}: {source.tokens:,} tokens, {source.unigram_entropy:.3f} nats per token under its unigram")
     corpus.contract.update(
@@ -115,6 +139,9 @@ def prepare_data(config: PrepareDataConfig, corpus: Output[Dataset], step: Step)
         tokens=statistics.tokens,
         documents=statistics.documents,
         duplicates=statistics.duplicates,
+        near_duplicates=statistics.near_duplicates,
+        contaminated=statistics.contaminated,
+        low_quality=statistics.low_quality,
         unigram_entropy=statistics.unigram_entropy,
         vocab_size=statistics.vocab_size,
     )

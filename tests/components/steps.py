@@ -1,7 +1,7 @@
 """Steps before the ones under test: the smallest corpus and base model, as artifacts."""
 
 from ling_flow.config import StrictModel
-from ling_flow.data.corpus import build_corpus
+from ling_flow.data.build import build_corpus
 from ling_flow.data.sources import ReasoningSource
 from ling_flow.flow.component import Dataset, Input, Model, Output, Resources, component
 from tests.alignment.micro import EASY

@@ -3,7 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from ling_flow.data.reasoning import TaskSpec
 from ling_flow.data.sources import FilesSource, ReasoningSource, StdlibSource
 from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.errors import UserError
+from ling_flow.flow.tracking import NullTracker
 from tests.conftest import Called
 from tests.data import published
 
@@ -58,6 +59,35 @@ def test_corpus_result_and_contract(tmp_path: Path) -> None:
     assert manifest["outputs"]["corpus"]["contract"] == contract
 
 
+def test_the_report_shows_the_corpus_and_goes_to_the_tracker(tmp_path: Path) -> None:
+    class Kept(NullTracker):
+        pages: ClassVar[list[str]] = []
+
+        def artifact(self, path: Path) -> None:
+            self.pages.append(path.read_text())
+
+    path = write(tmp_path / "a.jsonl", ["one", "two", "three <b>"])
+    outcome = prepare_data(small(path), root=tmp_path / "root", tracker=Kept())
+    page = (outcome.outputs["report"] / "index.html").read_text()
+    assert Kept.pages == [page]
+    assert f"{outcome.result.tokens:,}" in page and "three &lt;b&gt;" in page
+
+
+def test_filters_bear_identity_with_the_content_of_their_files_and_workers_do_not(tmp_path: Path) -> None:
+    root, path = tmp_path / "root", write(tmp_path / "a.jsonl", ["one two three", "four five six", "seven eight nine"])
+    own = write(tmp_path / "own.jsonl", ["Four five six?"])
+    filters = {"decontamination": {"files": [{"kind": "files", "name": "own", "paths": [str(own)]}]}}
+    plain = prepare_data(small(path), root=root)
+    assert prepare_data(small(path, workers=1), root=root).cached
+    filtered = prepare_data(small(path, filters=filters), root=root)
+    assert filtered.fingerprint != plain.fingerprint
+    assert (filtered.result.contaminated, plain.result.contaminated) == (1, 0)
+    assert filtered.result.documents == plain.result.documents - 1
+    write(own, ["Ten eleven twelve?"])
+    again = prepare_data(small(path, filters=filters), root=root)
+    assert again.fingerprint != filtered.fingerprint and again.result.contaminated == 0
+
+
 def test_changed_content_is_prepared_again_and_moved_content_is_not(tmp_path: Path) -> None:
     root = tmp_path / "root"
     path = write(tmp_path / "a.jsonl", ["one", "two", "three"])
@@ -79,6 +109,9 @@ def test_changed_content_is_prepared_again_and_moved_content_is_not(tmp_path: Pa
         ({"vocab_size": 100}, "vocab_size: "),
         ({"validation_share": 0}, "validation_share: "),
         ({"vocabulary_size": 1000}, "did you mean 'vocab_size'"),
+        ({"filters": {"near_duplicates": {"treshold": 0.5}}}, "filters.near_duplicates.treshold: .*'threshold'"),
+        ({"filters": {"decontamination": {}}}, "filters.decontamination: needs tasks or files"),
+        ({"workers": 0}, "workers: "),
         ({"tokenizer_digest": "0" * 64}, "tokenizer_digest: needs tokenizer"),
     ],
 )

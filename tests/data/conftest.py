@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from ling_flow.data.corpus import Corpus, build_corpus
+from ling_flow.data.build import build_corpus
+from ling_flow.data.corpus import Corpus
 from ling_flow.data.reasoning import TaskSpec
 from ling_flow.data.sources import ReasoningSource, Source, StdlibSource
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ling_flow.data.build import build_corpus
 from ling_flow.data.chat import chat_template_digest
-from ling_flow.data.corpus import Corpus, _dtype, build_corpus
+from ling_flow.data.corpus import Corpus, token_dtype
 from ling_flow.data.documents import documents
 from ling_flow.data.sources import FilesSource, Source
 from ling_flow.errors import UserError
@@ -106,8 +108,8 @@ def test_statistics_say_what_is_on_disk(corpus: Corpus) -> None:
 
 
 def test_large_vocabularies_take_four_bytes() -> None:
-    assert _dtype(65535).itemsize == 2
-    assert _dtype(65536).itemsize == 4
+    assert token_dtype(65535).itemsize == 2
+    assert token_dtype(65536).itemsize == 4
 
 
 def truncate(path: Path) -> None:
@@ -204,4 +206,5 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     )
     assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
     assert calls[-1][:2] == (2, 2)
-    assert any("mine: " in text for _, _, text in calls)
+    lines = [text for _, _, text in calls if text.startswith("mine: ")]
+    assert re.fullmatch(r"mine: 2 documents, 4 tokens, [0-9,]+ tokens/s, 0:00:00 left", lines[-1])

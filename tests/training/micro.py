@@ -3,7 +3,8 @@
 import random
 from pathlib import Path
 
-from ling_flow.data.corpus import Corpus, build_corpus
+from ling_flow.data.build import build_corpus
+from ling_flow.data.corpus import Corpus
 from ling_flow.data.sources import FilesSource
 from ling_flow.model.config import ModelConfig
 from ling_flow.training.retention import Retention
