@@ -1,0 +1,208 @@
+"""Share of time that trains when the trainer is killed again and again, by the interval between two saves.
+
+    python benchmarks/goodput.py                                # about 10 minutes: kills every 60 s on average
+    python benchmarks/goodput.py --preset tiny --minutes 1.5 --kill-seconds 10 --json figures.json
+
+A model of a preset (default `small`) on random tokens. First the step and the save are measured without a kill; from
+these comes the interval of the formula (Ling 2.0, appendix A). Then it, its half and its double are each given the same
+time and the same seeded kills (`kill -9`, exponential gaps). Useful are the steps that counted in the end × the median
+step measured first; the rest of the time went into saving, steps that were lost, and starting again. One run has few kills:
+repeat it before you tell neighbouring intervals apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from ling_flow.data.batches import Batch
+from ling_flow.model.presets import model_preset
+from ling_flow.training import stage as stages
+from ling_flow.training.interval import SaveClock, best_interval, expected_loss
+from ling_flow.training.retention import Retention
+from ling_flow.training.settings import OptimizerSettings, StageSettings
+
+DAY = 86_400
+LENGTH, SEQUENCES = 256, 2
+CALIBRATION_STEPS, CALIBRATION_SAVES = 8, 4
+SETTINGS = StageSettings(
+    stage="goodput",
+    steps=1_000_000,  # more than there is time for
+    sequence_length=LENGTH,
+    sequences_per_batch=SEQUENCES,
+    sequences_per_forward=SEQUENCES,
+    optimizer=OptimizerSettings(learning_rate=1e-4),
+    warmup_steps=0,
+    expert_bias_update_rate=1e-3,
+    checkpoints_saved=1,
+    retention=Retention(window=1),
+)
+
+
+class RandomRows:
+    """A batch is a pure function of the step, as those of a corpus are."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def batch(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(self.vocabulary, (SEQUENCES, LENGTH + 1), generator=generator)
+        return Batch(tokens, None, torch.zeros(SEQUENCES, dtype=torch.int64))
+
+    def drawn(self, steps: int) -> dict[str, int]:
+        return {}
+
+
+class FixedClock(SaveClock):
+    """Saves at a given interval."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(failures_per_day=1)
+        self.saved()
+        self.interval = seconds
+
+    def measured(self, stall_seconds: float, seconds: float) -> None:
+        """The interval stays."""
+
+
+def train(directory: Path, preset: str, interval: float, threads: int) -> None:
+    """The process that is killed: a line of `lines.jsonl` for every step and every save."""
+    torch.set_num_threads(threads)
+    stages.SaveClock = lambda failures_per_day: FixedClock(interval)  # type: ignore[assignment, misc]
+    (directory / "tokenizer").mkdir(parents=True, exist_ok=True)
+    checkpoints = directory / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    with (directory / "lines.jsonl").open("a", buffering=1) as lines:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = model_preset(preset)
+        run = stages.open_stage(checkpoints, SETTINGS, config, seed=0, previous=None, device=device, log=print)
+        stages.run_stage(
+            run,
+            checkpoints,
+            RandomRows(config.vocab_size),  # type: ignore[arg-type]
+            SETTINGS,
+            tokenizer_dir=directory / "tokenizer",
+            on_step=lambda report: print(json.dumps({"step": report.step, "seconds": report.seconds}), file=lines),
+            on_saved=lambda report: print(json.dumps({"save": report.step, **report._asdict()}), file=lines),
+        )
+
+
+class Trainers:
+    """Starts what is killed."""
+
+    def __init__(self, preset: str, threads: int) -> None:
+        self.options = ["--preset", preset, "--threads", str(threads)]
+
+    def start(self, directory: Path, interval: float) -> subprocess.Popen[bytes]:
+        command = [sys.executable, __file__, "--train", str(directory), str(interval), *self.options]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        sys.exit(f"the trainer ended by itself with {process.returncode}")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def lines_of(directory: Path) -> list[dict[str, float]]:
+    path = directory / "lines.jsonl"
+    found = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut by a kill
+    return [json.loads(line) for line in found if line.endswith("}")]
+
+
+def calibrate(directory: Path, trainers: Trainers) -> tuple[float, float]:
+    """Seconds of a step without saves, and for which a save holds training up: medians."""
+    process = trainers.start(directory / "steps", 1e9)
+    while sum("step" in line for line in lines_of(directory / "steps")) < CALIBRATION_STEPS + 3:
+        time.sleep(0.5)
+        if process.poll() is not None:
+            sys.exit(f"the trainer ended by itself with {process.returncode}")
+    kill(process)
+    steps = [line["seconds"] for line in lines_of(directory / "steps") if "seconds" in line][3:]
+    step = statistics.median(steps)
+    process = trainers.start(directory / "saves", 5 * step)
+    while sum("save" in line for line in lines_of(directory / "saves")) < CALIBRATION_SAVES:
+        time.sleep(0.5)
+        if process.poll() is not None:
+            sys.exit(f"the trainer ended by itself with {process.returncode}")
+    kill(process)
+    stalls = [line["stall_seconds"] for line in lines_of(directory / "saves") if "save" in line][1:]  # buffers are new
+    return step, statistics.median(stalls)
+
+
+def measure(
+    trainers: Trainers, directory: Path, interval: float, seconds: float, kill_seconds: float
+) -> dict[str, float]:
+    """Train for `seconds`, killed on the way; the steps that counted, those made, and the kills."""
+    draw = random.Random(0)
+    end = time.monotonic() + seconds
+    kills = 0
+    while True:
+        process = trainers.start(directory, interval)
+        left, gap = end - time.monotonic(), draw.expovariate(1 / kill_seconds)
+        time.sleep(max(0.0, min(left, gap)))
+        kill(process)
+        if gap >= left:
+            break
+        kills += 1
+    steps = [int(line["step"]) for line in lines_of(directory) if "save" not in line]
+    return {
+        "interval_seconds": interval,
+        "kills": kills,
+        "steps_made": len(steps),
+        "steps_counted": steps[-1] if steps else 0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("tiny", "small"), default="small")
+    parser.add_argument("--minutes", type=float, default=10, help="of all three intervals together")
+    parser.add_argument("--kill-seconds", type=float, default=60, help="mean time between two kills")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--train", nargs=2, metavar=("DIRECTORY", "INTERVAL"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.train:
+        train(Path(arguments.train[0]), arguments.preset, float(arguments.train[1]), arguments.threads)
+        return
+    trainers = Trainers(arguments.preset, arguments.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        step, stall = calibrate(Path(scratch), trainers)
+        failures = DAY / arguments.kill_seconds
+        best = best_interval(stall, failures)
+        print(f"step {step:.3f} s, stall of a save {stall:.3f} s: best interval {best:.1f} s")
+        print(f"{'interval':>12} {'seconds':>8} {'kills':>6} {'made':>6} {'counted':>8} {'useful':>7} {'formula':>8}")
+        rows = []
+        for name, factor in (("formula / 2", 0.5), ("formula", 1.0), ("formula × 2", 2.0)):
+            seconds = 60 * arguments.minutes / 3
+            row = measure(trainers, Path(scratch) / name, factor * best, seconds, arguments.kill_seconds)
+            useful = row["steps_counted"] * step / seconds
+            predicted = 1 - expected_loss(factor * best, stall, failures) / DAY  # without starting again
+            rows.append({**row, "name": name, "useful": useful, "predicted_without_restarts": predicted})
+            print(
+                f"{name:>12} {factor * best:8.1f} {row['kills']:6} {row['steps_made']:6} {row['steps_counted']:8} "
+                f"{useful:7.1%} {predicted:8.1%}",
+                flush=True,
+            )
+    if arguments.json:
+        figures = {"step_seconds": step, "stall_seconds": stall, "kill_seconds": arguments.kill_seconds, "rows": rows}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
