@@ -6,8 +6,8 @@
 A model of a preset (default `small`) on random tokens. First the step and the save are measured without a kill; from
 these comes the interval of the formula (Ling 2.0, appendix A). Then it, its half and its double are each given the same
 time and the same seeded kills (`kill -9`, exponential gaps). Useful are the steps that counted in the end × the median
-step measured first; the rest of the time went into saving, steps that were lost, and starting again. One run has few kills:
-repeat it before you tell neighbouring intervals apart.
+step measured first; the rest of the time went into saving, steps that were lost, and starting again. One run has few
+kills: repeat it before you tell neighbouring intervals apart.
 """
 
 from __future__ import annotations
