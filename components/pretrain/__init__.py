@@ -189,7 +189,7 @@ def pretrain(
 
     import torch
 
-    from ling_flow.data.batches import PIECE_SEQUENCES, Batches
+    from ling_flow.data.batches import Batches
     from ling_flow.data.corpus import Corpus
     from ling_flow.model.hf import read_config
     from ling_flow.training.evaluate import mixture_loss, samples, validation_loss
@@ -226,7 +226,6 @@ def pretrain(
         mixture_end=config.mixture_end,
         sequences=sizes.before(settings.steps),
         drawn_before=run.state.drawn_before,
-        piece_tokens=PIECE_SEQUENCES * config.model.max_position_embeddings,
     )
 
     cost = Cost(run.model.config, settings.sequence_length, measured_peak(device, settings.precision), config.watts)

@@ -1,8 +1,8 @@
 """Batches as a pure function of corpus, mixture, seed and step: no loader state, so resuming is one integer.
 
 Sequences are numbered over the stage. Which source a number is drawn from is a fixed pattern (`data.mixture`); what it
-holds is the next S+1 tokens of that source's shuffled documents (`data.stream`), the last of them the first of the next
-draw, so that an epoch predicts every token once. Any number of workers take rows of the same batch.
+holds is the next S+1 tokens of a lane of that source's shuffled documents (`data.stream`), the last of them the first
+of the lane's next draw, so that an epoch predicts every token once. Any number of workers take rows of the same batch.
 
 Legend: B sequences of a batch, S sequence length.
 """
@@ -25,9 +25,6 @@ Packing = Literal["stream", "masked_stream", "best_fit"]
 """How documents fill a row. `stream`: one after the other, cut at its end, all of the row seen by all of it.
 `masked_stream`: the same, but documents do not see each other. `best_fit`: documents whole wherever they fit, not
 seeing each other, the rest of a row padded; a later stage goes on by tokens, so it may meet some documents again."""
-
-PIECE_SEQUENCES = 4
-"""Sequences that a piece of a long document is long."""
 
 
 class Batch(NamedTuple):
@@ -95,9 +92,7 @@ class Batches:
         sizes: sequences per step, constant or growing.
         mixture_end: weights at the end of the stage, to which shares move linearly; None: those of the start.
         sequences: of the whole stage; needed with `mixture_end`.
-        drawn_before: per source, tokens that earlier stages have read: this one goes on behind them.
-        piece_tokens: documents are shuffled in pieces of at most so many, the same for all stages of a run; None: four
-            sequences, so that four of five rows of a long document are of one piece.
+        drawn_before: per source, tokens that earlier stages are through with: this one goes on behind them.
 
     Raises:
         UserError: an unknown source, weights that are no mixture, or a source shorter than one sequence.
@@ -116,7 +111,6 @@ class Batches:
         mixture_end: Mapping[str, float] | None = None,
         sequences: int | None = None,
         drawn_before: Mapping[str, int] | None = None,
-        piece_tokens: int | None = None,
     ) -> None:
         for source in (*mixture, *(mixture_end or {})):
             corpus.require(source)
@@ -137,7 +131,7 @@ class Batches:
             self._streams.append(
                 PackedDocuments(tokens, offsets, key, sequence_length + 1)
                 if packing == "best_fit"
-                else DocumentStream(tokens, offsets, key, piece_tokens or PIECE_SEQUENCES * sequence_length)
+                else DocumentStream(tokens, offsets, key)
             )
 
     def batch(self, step: int) -> Batch:
@@ -159,11 +153,18 @@ class Batches:
         stream, before = self._streams[source], self._drawn_before.get(self.sources[source], 0)
         if isinstance(stream, PackedDocuments):
             return source, stream.row(before // self.sequence_length + drawn)
-        return source, stream.read(before + drawn * self.sequence_length, self.sequence_length + 1)
+        turn, lane = divmod(drawn, stream.lanes)
+        position = -(-before // stream.lanes) + turn * self.sequence_length
+        return source, stream.read(lane, position, self.sequence_length + 1)
 
     def drawn(self, steps: int) -> dict[str, int]:
-        """Tokens read from each source after that many steps of the stage, earlier stages included."""
+        """Tokens of each source that are through after that many steps of the stage, earlier stages included. Where
+        the lanes are not all equally far, what the others have not read yet counts as well: a later stage leaves it
+        out."""
         found = dict(self._drawn_before)
-        for source, sequences in self._interleaving.drawn(self.sizes.before(steps)).items():
-            found[source] = found.get(source, 0) + sequences * self.sequence_length
+        drawn = self._interleaving.drawn(self.sizes.before(steps))
+        for (source, sequences), stream in zip(drawn.items(), self._streams, strict=True):
+            lanes = stream.lanes if isinstance(stream, DocumentStream) else 1
+            turns = -(-sequences // lanes)
+            found[source] = found.get(source, 0) + turns * lanes * self.sequence_length
         return found

@@ -1,8 +1,8 @@
 """The tokens of one source, epoch after epoch, each epoch's documents in an order of its own.
 
-Where to go on is one integer, tokens read so far, whatever lengths they were read in: a later stage with longer
-sequences sees none of an epoch again. Long documents are shuffled in pieces, or else step after step would read on in
-the same one.
+An epoch is read in lanes: equal stretches of the shuffled documents, in turn. So sequences in a row come from different
+documents, however long these are, and where to go on is one integer, tokens read per lane, whatever lengths they were
+read in: a later stage with longer sequences sees none of an epoch again.
 """
 
 from __future__ import annotations
@@ -24,31 +24,30 @@ class Row(NamedTuple):
     documents: npt.NDArray[np.int64]
 
 
+LANES = 64
+"""Places at which an epoch is read in turn, unless a lane would be shorter than `LANE_TOKENS`."""
+LANE_TOKENS = 4096
+
+
 class _Epoch(NamedTuple):
-    order: npt.NDArray[np.int64]  # pieces as they come
+    order: npt.NDArray[np.int64]  # documents as they come
     ends: npt.NDArray[np.int64]  # end of each in the epoch, tokens
 
 
 class DocumentStream:
-    """One split of a source as an endless stream.
+    """One split of a source as endless lanes.
 
     Args:
         tokens: all its documents, one after the other.
         offsets: where each begins, and the end of the last [documents + 1].
         key: with the epoch, decides the order.
-        piece_tokens: longer documents are cut into pieces of so many, each of which counts as a document.
     """
 
-    def __init__(
-        self, tokens: npt.NDArray[np.unsignedinteger], offsets: npt.NDArray[np.int64], key: str, piece_tokens: int
-    ) -> None:
-        self._tokens, self._key = tokens, key
-        begins, ends = np.asarray(offsets)[:-1], np.asarray(offsets)[1:]
-        pieces = -(-(ends - begins) // piece_tokens)
-        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        self._begins = np.repeat(begins, pieces) + within * piece_tokens
-        self._lengths = np.minimum(np.repeat(ends, pieces) - self._begins, piece_tokens)
-        self.length = len(tokens)  # of an epoch, tokens
+    def __init__(self, tokens: npt.NDArray[np.unsignedinteger], offsets: npt.NDArray[np.int64], key: str) -> None:
+        self._tokens, self._offsets, self._key = tokens, np.asarray(offsets), key
+        self._lengths = np.diff(self._offsets)
+        self.lanes = max(1, min(LANES, len(tokens) // LANE_TOKENS))
+        self.lane_tokens = len(tokens) // self.lanes  # of an epoch; up to lanes - 1 tokens at its end are left out
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> _Epoch:
@@ -56,18 +55,17 @@ class DocumentStream:
         order = np.random.default_rng(int.from_bytes(digest)).permutation(len(self._lengths))
         return _Epoch(order, np.cumsum(self._lengths[order]))
 
-    def read(self, position: int, count: int) -> Row:
-        """`count` tokens from `position` on, counted over all epochs."""
+    def read(self, lane: int, position: int, count: int) -> Row:
+        """`count` tokens of a lane from `position` on, counted over all epochs."""
         tokens, documents = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         filled = number = 0
         while filled < count:
-            epoch, at = divmod(position + filled, self.length)
+            epoch, at = divmod(position + filled, self.lane_tokens)
             order, ends = self._epoch(epoch)
-            place = int(np.searchsorted(ends, at, side="right"))
-            left = int(ends[place]) - at  # of the piece
-            piece = int(order[place])
-            begin = int(self._begins[piece]) + int(self._lengths[piece]) - left
-            take = min(count - filled, left)
+            place = int(np.searchsorted(ends, lane * self.lane_tokens + at, side="right"))
+            left = int(ends[place]) - lane * self.lane_tokens - at  # of the document
+            begin = int(self._offsets[order[place] + 1]) - left
+            take = min(count - filled, left, self.lane_tokens - at)
             tokens[filled : filled + take] = self._tokens[begin : begin + take]
             documents[filled : filled + take] = number
             filled, number = filled + take, number + 1

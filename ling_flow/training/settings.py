@@ -105,8 +105,8 @@ class TrainingState(StrictModel):
     stage_start: int = Field(ge=0, description="value of `step` at which the stage began")
     tokens: int = Field(ge=0, description="tokens seen since the start of the run")
     sequences: int = Field(ge=0, description="sequences drawn in this stage")
-    drawn_before: dict[str, int] = Field(description="tokens read from each source when the stage began")
-    drawn: dict[str, int] = Field(description="tokens read from each source so far, over all stages")
+    drawn_before: dict[str, int] = Field(description="tokens of each source that were through when the stage began")
+    drawn: dict[str, int] = Field(description="tokens of each source that are through so far, over all stages")
     skipped_steps: int = Field(ge=0, description="steps of this stage without an update: spikes of loss or gradient")
     seconds: float = Field(ge=0, description="time spent in this stage's steps, seconds")
     load_violation: float = Field(

@@ -172,10 +172,10 @@ def test_a_later_stage_draws_sequences_the_first_did_not(short, root, inputs, mo
 
     monkeypatch.setattr(batches.Batches, "__init__", record)
     more = pretrain(config(stage="more"), root=root, previous=short.refs["checkpoints"], **inputs)
-    assert sum(opened[0].values()) == short.result.tokens
+    assert sum(opened[0].values()) >= short.result.tokens
     assert all(drawn % 16 == 0 for drawn in opened[0].values())
     pretrain(config(stage="yet_more"), root=root, previous=more.refs["checkpoints"], **inputs)
-    assert sum(opened[1].values()) == short.result.tokens + more.result.tokens
+    assert sum(opened[1].values()) >= short.result.tokens + more.result.tokens
 
 
 def test_another_model_or_another_tokenizer_is_refused(short, root, inputs, tmp_path):

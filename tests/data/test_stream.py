@@ -1,10 +1,13 @@
 """A source's shuffled documents, as a stream and packed."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ling_flow.data import stream as stream_module
 from ling_flow.data.stream import PADDING, DocumentStream, PackedDocuments, best_fit
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=25)
@@ -16,50 +19,57 @@ def source(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(offsets[-1], dtype=np.uint16), offsets
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_lanes() -> Iterator[None]:
+    """So that sources of a few tokens have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream_module, "LANE_TOKENS", 30)
+        yield
+
+
 @settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, cuts=st.lists(st.integers(1, 17), min_size=1, max_size=5))
-def test_an_epoch_holds_every_document_once_whole(lengths: list[int], cuts: list[int]) -> None:
+def test_the_lanes_of_an_epoch_hold_every_token_once(lengths: list[int], cuts: list[int]) -> None:
     tokens, offsets = source(lengths)
-    stream = DocumentStream(tokens, offsets, "0/code", 1000)
-    whole = stream.read(0, 2 * len(tokens))
-    for epoch in (whole.tokens[: len(tokens)], whole.tokens[len(tokens) :]):
-        assert sorted(epoch) == tokens.tolist()
-    for number in range(whole.documents.max() + 1):
-        run = whole.tokens[whole.documents == number]
-        begin = offsets.tolist().index(run[0])
-        assert run.tolist() == list(range(offsets[begin], offsets[begin + 1]))
-    # Any cuts give the same stream: where to go on is one integer.
+    stream = DocumentStream(tokens, offsets, "0/code")
+    assert stream.lanes == max(1, len(tokens) // 30)
+    whole = [stream.read(lane, 0, 2 * stream.lane_tokens) for lane in range(stream.lanes)]
+    for half in (slice(0, stream.lane_tokens), slice(stream.lane_tokens, None)):
+        epoch = np.concatenate([lane.tokens[half] for lane in whole])
+        assert len(set(epoch)) == len(epoch) > len(tokens) - stream.lanes
+    for lane in whole:
+        for number in range(lane.documents.max() + 1):
+            run = lane.tokens[lane.documents == number].tolist()
+            assert run == list(range(run[0], run[0] + len(run)))
+            document = int(np.searchsorted(offsets, run[0], side="right")) - 1
+            assert run[-1] < offsets[document + 1]
+    # Any cuts give the same lane: where to go on is one integer.
     at, parts = 0, []
-    while at < 2 * len(tokens):
-        count = min(cuts[len(parts) % len(cuts)], 2 * len(tokens) - at)
-        parts.append(stream.read(at, count))
+    while at < 2 * stream.lane_tokens:
+        count = min(cuts[len(parts) % len(cuts)], 2 * stream.lane_tokens - at)
+        parts.append(stream.read(0, at, count))
         assert parts[-1].documents[0] == 0
-        assert (np.diff(parts[-1].documents) == np.diff(whole.documents[at : at + count])).all()
+        assert (np.diff(parts[-1].documents) == np.diff(whole[0].documents[at : at + count])).all()
         at += count
-    assert np.concatenate([part.tokens for part in parts]).tolist() == whole.tokens.tolist()
+    assert np.concatenate([part.tokens for part in parts]).tolist() == whole[0].tokens.tolist()
+
+
+def test_a_document_within_a_lane_comes_whole() -> None:
+    tokens, offsets = source([5] * 60)
+    stream = DocumentStream(tokens, offsets, "0/code")
+    assert stream.lanes == 10
+    lane = stream.read(3, 0, stream.lane_tokens)
+    assert [int((lane.documents == number).sum()) for number in range(6)] == [5] * 6
 
 
 def test_epochs_and_keys_have_their_own_order() -> None:
-    tokens, offsets = source([3] * 20)
-    stream, other = DocumentStream(tokens, offsets, "0/code", 1000), DocumentStream(tokens, offsets, "1/code", 1000)
-    first, second = stream.read(0, 60).tokens.tolist(), stream.read(60, 60).tokens.tolist()
+    tokens, offsets = source([3] * 9)
+    stream, other = DocumentStream(tokens, offsets, "0/code"), DocumentStream(tokens, offsets, "1/code")
+    first, second = stream.read(0, 0, 27).tokens.tolist(), stream.read(0, 27, 27).tokens.tolist()
     assert first != second
-    assert first != other.read(0, 60).tokens.tolist()
-    assert stream.read(60 * 1_000_000 + 7, 5).tokens.tolist() == stream.read(60 * 1_000_000 + 7, 5).tokens.tolist()
-
-
-@settings(max_examples=60, deadline=None)
-@given(lengths=LENGTHS, piece=st.integers(1, 12))
-def test_long_documents_come_in_pieces(lengths: list[int], piece: int) -> None:
-    tokens, offsets = source(lengths)
-    epoch = DocumentStream(tokens, offsets, "0/code", piece).read(0, len(tokens))
-    assert sorted(epoch.tokens) == tokens.tolist()
-    for number in range(epoch.documents.max() + 1):
-        run = epoch.tokens[epoch.documents == number].tolist()
-        assert run == list(range(run[0], run[0] + len(run)))
-        document = int(np.searchsorted(offsets, run[0], side="right")) - 1
-        assert (run[0] - offsets[document]) % piece == 0
-        assert len(run) == min(piece, offsets[document + 1] - run[0])
+    assert first != other.read(0, 0, 27).tokens.tolist()
+    far = 27 * 1_000_000 + 7
+    assert stream.read(0, far, 5).tokens.tolist() == stream.read(0, far, 5).tokens.tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,11 +117,8 @@ def test_packed_rows_are_nearly_full() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 5, 10**9])
-def test_reading_nothing_of_the_past_is_kept(position: int) -> None:
+def test_reading_leaves_no_trace(position: int) -> None:
     tokens, offsets = source([7, 2, 9, 1])
-    used = DocumentStream(tokens, offsets, "0/a", 4)
-    used.read(3, 50)
-    assert (
-        used.read(position, 40).tokens.tolist()
-        == DocumentStream(tokens, offsets, "0/a", 4).read(position, 40).tokens.tolist()
-    )
+    used, fresh = DocumentStream(tokens, offsets, "0/a"), DocumentStream(tokens, offsets, "0/a")
+    used.read(0, 3, 50)
+    assert used.read(0, position, 40).tokens.tolist() == fresh.read(0, position, 40).tokens.tolist()
