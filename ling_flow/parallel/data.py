@@ -46,6 +46,15 @@ class DataParallel:
             distributed.all_reduce(value)
         return value
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` is set on any worker."""
+        return flag if self.workers == 1 else bool(self.sum_(torch.tensor(float(flag), device=device)))
+
+    def wait(self) -> None:
+        """Until all workers are here."""
+        if self.workers > 1:
+            distributed.barrier()
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Each parameter's gradient becomes the sum over workers. One without a gradient counts as zero: another
         worker's rows may have reached experts that this one's did not."""

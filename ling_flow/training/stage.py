@@ -1,6 +1,7 @@
 """One stage of a constant-rate run: start it, go on from the stage before, or resume after a kill; keep checkpoints.
 
 The stages of a run are one training: weights, moments, step count and warm-up carry over; data and context change.
+Run by every worker of a process group, the first of them writes; all read the same checkpoint when they go on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ling_flow.errors import SystemFault, UserError
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.hf import load_pretrained
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+from ling_flow.parallel.data import DataParallel
 from ling_flow.training.checkpoint import (
     Contents,
     checkpoint_path,
@@ -81,7 +83,7 @@ def open_stage(
         UserError: `previous` is damaged, holds no training state, or is another model (the line names the field).
     """
     resumable = latest_checkpoint(directory, log)
-    _discard(directory, newer_than=resumable)
+    _discard(directory, resumable, DataParallel())
     source = resumable or previous
     if source is None:
         model = BailingMoeV2ForCausalLM(config)
@@ -129,6 +131,8 @@ def run_stage(
             checkpoint could not be written; or the stage was told to stop.
     """
     start = run.state.stage_start
+    device = next(run.model.parameters()).device
+    workers = DataParallel()
     clock = SaveClock(failures_per_day)
     guard = SpikeGuard(settings.guard, run.state.guard)
 
@@ -161,22 +165,24 @@ def run_stage(
 
     def checkpoint(step: int) -> None:
         saver.collect()
-        stopping = stop()
-        if stopping or planned(step) or clock.due():
+        stopping = workers.any(stop(), device)
+        if workers.rank == 0 and (stopping or planned(step) or clock.due()):
             saver.save(contents_of(run.model, run.optimizer, run.state))
             clock.saved()
         if stopping:
             saver.wait()
+            workers.wait()
             done = f"step {step - start:,} of {settings.steps:,}"
             raise SystemFault(f"told to stop: {settings.stage} is saved at {done}; run again to go on from there")
 
     def roll_back() -> int | None:
         saver.wait()
+        workers.wait()
         # Where another checkpoint is newer, it depends on the time of day: the bits must not.
         found = latest_checkpoint(directory, log, among=planned)
         if found is None:
             return None
-        _discard(directory, newer_than=found)
+        _discard(directory, found, workers)
         at = run.state.step
         run.model.load_state_dict(load_pretrained(found).state_dict())
         run.optimizer.state.clear()
@@ -207,7 +213,9 @@ def run_stage(
             on_step=count,
             checkpoint=checkpoint,
         )
-    _keep(directory, settings, start, finished=True)
+    if workers.rank == 0:
+        _keep(directory, settings, start, finished=True)
+    workers.wait()
     entries = [_entry(path, run.state) for path in list_checkpoints(directory)]
     window = settings.retention.window
     return StageCheckpoints(window=entries[-window:], milestones=entries[:-window])
@@ -254,8 +262,11 @@ def _set_context(model: BailingMoeV2ForCausalLM, config: ModelConfig, source: Pa
     model.set_context(config.max_position_embeddings, config.rope_theta, config.rope_scaling)
 
 
-def _discard(directory: Path, newer_than: Path | None) -> None:
-    """Remove what a killed try left half-written, and damaged checkpoints that will be made again."""
+def _discard(directory: Path, newer_than: Path | None, workers: DataParallel) -> None:
+    """Remove what a killed try left half-written, and newer checkpoints, which will be made again."""
+    workers.wait()  # until all have looked
+    if workers.rank > 0:
+        return
     for path in directory.glob(".step-*"):
         shutil.rmtree(path)
     for path in list_checkpoints(directory):
