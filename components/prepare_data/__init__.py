@@ -54,7 +54,7 @@ class PrepareDataConfig(StrictModel):
     workers: int | None = context_field(
         None,
         why="the corpus is the same, to the bit, for any number",
-        description="processes that tokenise a large corpus; null: one per core",
+        description="processes that tokenise a large corpus; null: one per core, with up to 4 cores none but this",
         ge=1,
     )
 
@@ -109,7 +109,7 @@ def prepare_data(
 ) -> PrepareDataResult:
     """Read the sources, train a tokenizer or take the given one, and write deduplicated token shards."""
     from ling_flow.data.build import build_corpus
-    from ling_flow.data.examine import cores
+    from ling_flow.data.examine import default_workers
     from ling_flow.data.report import html_page
 
     built = build_corpus(
@@ -121,7 +121,7 @@ def prepare_data(
         seed=config.seed,
         tokenizer=None if config.tokenizer is None else Tokenizer.load(config.tokenizer),
         filters=config.filters,
-        workers=config.workers or cores(),
+        workers=config.workers or default_workers(),
         progress=step.progress,
     )
     statistics = built.statistics

@@ -61,8 +61,8 @@ def build_corpus(
     """Read `sources`, learn a tokenizer from a sample of all of them, and write the corpus directory `path`.
 
     `path` must not exist or be empty; it appears whole or not at all, and is the same for any number of `workers`
-    (processes that tokenise). `tokenizer_characters` is the size of the sample in all; with a `tokenizer`, none is
-    learnt. `progress(done, total, text)` is told about every source.
+    (processes that tokenise, see `Examiners`). `tokenizer_characters` is the size of the sample in all; with a
+    `tokenizer`, none is learnt. `progress(done, total, text)` is told about every source.
 
     Raises:
         UserError: a source cannot be read, or has too few documents to split.

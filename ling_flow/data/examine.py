@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,10 @@ from ling_flow.errors import SystemFault
 
 ALONE_CHARACTERS = 16_000_000
 """So much text is tokenised before further processes are started: a small corpus is done sooner without them."""
+FEW_CORES = 4
+"""Up to so many, tokenizers' own threads keep them busy with less work than processes."""
+THREADS = 2
+"""In this process: while one batch is being tokenised (without the GIL), the next is read and looked at."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Examiner:
 
 
 class Examiners:
-    """An examiner, and from `ALONE_CHARACTERS` on as many processes with one each. Use it as a context manager.
+    """An examiner, and from `ALONE_CHARACTERS` on several processes with one each. Use it as a context manager.
 
     Args:
         workers: processes; with 1 none is started, and tokenizers' own threads use the cores.
@@ -89,14 +93,16 @@ class Examiners:
     def __init__(self, examiner: Examiner, workers: int, tokenizer_path: Path) -> None:
         self.examiner, self.workers, self.tokenizer_path = examiner, workers, tokenizer_path
         self.characters = 0
+        self.threads = ThreadPoolExecutor(THREADS)
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Examiners:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
+        for pool in (self.threads, self.pool):
+            if pool:
+                pool.shutdown(cancel_futures=True)
 
     def map(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Examined]]:
         """Every batch with its answer, in their order.
@@ -106,12 +112,11 @@ class Examiners:
         """
         under_way: deque[tuple[Batch, Future[Examined]]] = deque()
         for batch in batches:
-            if self.workers == 1 or self.characters < ALONE_CHARACTERS:
-                self.characters += batch.characters
-                yield batch, self.examiner.examine(batch)
-                continue
-            under_way.append((batch, self._submit(batch)))
-            if len(under_way) > 3 * self.workers:
+            is_alone = self.workers == 1 or self.characters < ALONE_CHARACTERS
+            self.characters += batch.characters
+            future = self.threads.submit(self.examiner.examine, batch) if is_alone else self._submit(batch)
+            under_way.append((batch, future))
+            if len(under_way) > (THREADS if is_alone else 3 * self.workers):
                 yield self._oldest(under_way)
         while under_way:
             yield self._oldest(under_way)
@@ -144,9 +149,10 @@ def _killed() -> SystemFault:
     )
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+def default_workers() -> int:
+    """One process per core this process may use; with few cores, this one alone."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return cores if cores > FEW_CORES else 1
 
 
 _examiner: Examiner

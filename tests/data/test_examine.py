@@ -49,7 +49,7 @@ def build(folder: Path, name: str, workers: int) -> Corpus:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "BATCH_DOCUMENTS", 40)
-    monkeypatch.setattr(examine, "ALONE_CHARACTERS", 8_000)  # the first batches alone, the others in processes
+    monkeypatch.setattr(examine, "ALONE_CHARACTERS", 8_000)  # the first batches in this process, the others in others
 
 
 def test_any_number_of_processes_gives_the_same_bytes(
