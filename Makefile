@@ -21,10 +21,11 @@ lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny
 	$(BIN)/lingflow run lifecycle --preset tiny
 
 test: lint  ## everything: fast, slow and whole pipelines
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow and not e2e" --numprocesses 2
+	$(BIN)/python -m pytest -m "slow or e2e"  # servers, kills and measured memory: one at a time
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not e2e"
+	$(BIN)/python -m pytest -m "not slow and not e2e" --numprocesses 2
 
 lint: setup
 	$(BIN)/ruff check .
