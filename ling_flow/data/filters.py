@@ -1,7 +1,7 @@
 """Which documents of text sources are left out: typed declarations, light to import.
 
 Filters look at files and the standard library, never at procedural problems: those are alike by design, and none of
-their questions is a held-out one.
+their questions is a held-out one (a step of a solution may be).
 """
 
 from __future__ import annotations
