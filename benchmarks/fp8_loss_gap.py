@@ -50,7 +50,9 @@ class SourceCode:
         return Batch(torch.from_numpy(rows.astype(np.int64)))
 
 
-def losses(kind: str, seed: int, steps: int, learning_rate: float) -> list[float]:
+def losses(
+    kind: str, seed: int, steps: int, learning_rate: float, bfloat16_layers: tuple[int, ...] = ()
+) -> list[float]:
     """Next-token loss of each step, nats."""
     torch.set_num_threads(1)
     model = BailingMoeV2ForCausalLM(tiny())
@@ -60,7 +62,7 @@ def losses(kind: str, seed: int, steps: int, learning_rate: float) -> list[float
             for parameter in model.parameters():
                 parameter.mul_(1 + NUDGE)
     precision: Precision = "fp8" if kind == "fp8" else "bfloat16"
-    set_precision(model, precision, FP8Settings())
+    set_precision(model, precision, FP8Settings(bfloat16_layers=bfloat16_layers))
     found: list[float] = []
 
     def on_step(report: StepReport) -> None:
@@ -128,11 +130,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--bfloat16-layers", type=int, nargs="*", default=[], help="layers that FP8 leaves out, such as -2 -1"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--json", type=Path, help="write losses and gaps to this file")
     parser.add_argument("--plot", type=Path, help="write the figure to this file")
     options = parser.parse_args()
-    runs = [(kind, seed, options.steps, options.learning_rate) for kind in KINDS for seed in options.seeds]
+    told = (options.steps, options.learning_rate, tuple(options.bfloat16_layers))
+    runs = [(kind, seed, *told) for kind in KINDS for seed in options.seeds]
     with ProcessPoolExecutor(options.workers) as pool:
         found = list(pool.map(losses, *zip(*runs, strict=True)))
     curves = {f"{kind}/{seed}": curve for (kind, seed, *_), curve in zip(runs, found, strict=True)}
