@@ -39,10 +39,11 @@ class PretrainConfig(StrictModel):
     mixture_end: dict[str, float] | None = Field(
         None, description="weights at the end of the stage, to which the shares move linearly; null: constant"
     )
-    packing: Literal["stream", "masked_stream", "best_fit"] = Field(
-        "stream",
-        description="stream: documents one after the other, all of a row seen by all of it; masked_stream: documents "
-        "do not see each other; best_fit: also whole wherever they fit, the rest of a row padded",
+    packing: Literal["windows", "stream", "masked_stream", "best_fit"] = Field(
+        "windows",
+        description="windows: the corpus as it lies, cut at fixed places that are shuffled; stream: shuffled documents "
+        "one after the other, all of a row seen by all of it; masked_stream: documents do not see each other; best_fit: "
+        "also whole wherever they fit, the rest of a row padded",
     )
     rope_theta: float | None = Field(None, gt=0, description="rotary base of this stage; null: that of `model`")
     rope_scaling: Yarn | None = Field(

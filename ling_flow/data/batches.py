@@ -18,13 +18,14 @@ from torch import Tensor
 
 from ling_flow.data.corpus import Corpus, Split
 from ling_flow.data.mixture import Interleaving
-from ling_flow.data.stream import PADDING, DocumentStream, PackedDocuments, Row
+from ling_flow.data.stream import PADDING, DocumentStream, PackedDocuments, Row, Windows
 from ling_flow.errors import UserError
 
-Packing = Literal["stream", "masked_stream", "best_fit"]
-"""How documents fill a row. `stream`: one after the other, cut at its end, all of the row seen by all of it.
-`masked_stream`: the same, but documents do not see each other. `best_fit`: documents whole wherever they fit, not
-seeing each other, the rest of a row padded; a later stage goes on by tokens, so it may meet some documents again."""
+Packing = Literal["windows", "stream", "masked_stream", "best_fit"]
+"""How documents fill a row. `windows`: the source as it lies on disk, cut into rows at fixed places, in a new order each
+epoch. `stream`: shuffled documents one after the other, all of a row seen by all of it. `masked_stream`: the same, but
+documents do not see each other. `best_fit`: documents whole wherever they fit, not seeing each other, the rest of a row
+padded. Only streams go on behind an earlier stage of another length or mixture without meeting anything again."""
 
 
 class Batch(NamedTuple):
@@ -107,7 +108,7 @@ class Batches:
         seed: int,
         split: Split = "train",
         *,
-        packing: Packing = "stream",
+        packing: Packing = "windows",
         mixture_end: Mapping[str, float] | None = None,
         sequences: int | None = None,
         drawn_before: Mapping[str, int] | None = None,
@@ -119,7 +120,11 @@ class Batches:
         self._interleaving = Interleaving(mixture, mixture_end, sequences)
         self.sources = self._interleaving.sources
         self._drawn_before = dict(drawn_before or {})
-        self._streams: list[DocumentStream | PackedDocuments] = []
+        # Windows are numbered over the whole run.
+        self._first = sum(self._drawn_before.values()) // sequence_length if packing == "windows" else 0
+        if mixture_end is not None and packing == "windows":
+            raise UserError("mixture_end: needs packing stream, masked_stream or best_fit, got windows")
+        self._streams: list[Windows | DocumentStream | PackedDocuments] = []
         for source in self.sources:
             tokens, offsets = corpus.tokens(source, split), corpus.document_offsets(source, split)
             if len(tokens) < sequence_length + 1:
@@ -128,18 +133,19 @@ class Batches:
                     f"which has {len(tokens)} {split} tokens"
                 )
             key = f"{seed}/{source}"
-            self._streams.append(
-                PackedDocuments(tokens, offsets, key, sequence_length + 1)
-                if packing == "best_fit"
-                else DocumentStream(tokens, offsets, key)
-            )
+            if packing == "windows":
+                self._streams.append(Windows(tokens, key, sequence_length))
+            elif packing == "best_fit":
+                self._streams.append(PackedDocuments(tokens, offsets, key, sequence_length + 1))
+            else:
+                self._streams.append(DocumentStream(tokens, offsets, key))
 
     def batch(self, step: int) -> Batch:
         """The sequences of a step, counted from the start of the stage."""
         first = self.sizes.before(step)
         placed = [self.row(first + row) for row in range(self.sizes.of(step))]
         documents = None
-        if self.packing != "stream":
+        if self.packing in ("masked_stream", "best_fit"):
             documents = torch.from_numpy(np.stack([row.documents for _, row in placed]))
         return Batch(
             torch.from_numpy(np.stack([row.tokens for _, row in placed])),
@@ -149,8 +155,10 @@ class Batches:
 
     def row(self, sequence: int) -> tuple[int, Row]:
         """(index of its source, S+1 tokens and their documents) of a sequence, counted from the start of the stage."""
-        source, drawn = self._interleaving.place(sequence)
+        source, drawn = self._interleaving.place(self._first + sequence)
         stream, before = self._streams[source], self._drawn_before.get(self.sources[source], 0)
+        if isinstance(stream, Windows):
+            return source, stream.row(drawn)
         if isinstance(stream, PackedDocuments):
             return source, stream.row(before // self.sequence_length + drawn)
         turn, lane = divmod(drawn, stream.lanes)
@@ -162,9 +170,10 @@ class Batches:
         the lanes are not all equally far, what the others have not read yet counts as well: a later stage leaves it
         out."""
         found = dict(self._drawn_before)
-        drawn = self._interleaving.drawn(self.sizes.before(steps))
+        earlier = self._interleaving.drawn(self._first)
+        drawn = self._interleaving.drawn(self._first + self.sizes.before(steps))
         for (source, sequences), stream in zip(drawn.items(), self._streams, strict=True):
             lanes = stream.lanes if isinstance(stream, DocumentStream) else 1
-            turns = -(-sequences // lanes)
+            turns = -(-(sequences - earlier[source]) // lanes)
             found[source] = found.get(source, 0) + turns * lanes * self.sequence_length
         return found

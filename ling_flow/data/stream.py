@@ -72,6 +72,26 @@ class DocumentStream:
         return Row(tokens, documents)
 
 
+class Windows:
+    """A source as it lies on disk in windows of S+1 tokens that overlap by one, in a new order each epoch."""
+
+    def __init__(self, tokens: npt.NDArray[np.unsignedinteger], key: str, sequence_length: int) -> None:
+        self._tokens, self._key, self._length = tokens, key, sequence_length
+        self._windows = (len(tokens) - 1) // sequence_length
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
+        digest = hashlib.sha256(f"{self._key}/{epoch}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest)).permutation(self._windows)
+
+    def row(self, number: int) -> Row:
+        """Row `number`, counted over all epochs; counts as one document."""
+        epoch, position = divmod(number, self._windows)
+        begin = int(self._epoch(epoch)[position]) * self._length
+        tokens = self._tokens[begin : begin + self._length + 1].astype(np.int64)
+        return Row(tokens, np.zeros(len(tokens), dtype=np.int64))
+
+
 class PackedDocuments:
     """The same documents in rows of at most `length` tokens, whole wherever they fit (best-fit decreasing packing).
 

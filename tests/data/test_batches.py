@@ -14,7 +14,7 @@ from ling_flow.data.stream import DocumentStream
 from ling_flow.errors import UserError
 from tests.data.test_mixture import NAMES, WEIGHTS
 
-PACKINGS = st.sampled_from(["stream", "masked_stream", "best_fit"])
+PACKINGS = st.sampled_from(["windows", "stream", "masked_stream", "best_fit"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,7 +47,7 @@ def test_a_batch_is_a_pure_function_of_its_arguments(
     batches = fresh(size)
     expected = batches.batch(step)
     assert expected.tokens.shape == (size, sequence_length + 1) and expected.tokens.dtype == torch.int64
-    assert (expected.documents is None) == (packing == "stream")
+    assert (expected.documents is None) == (packing in ("windows", "stream"))
     batches.batch(step + 1)  # what was read before leaves no trace
     assert torch.equal(batches.batch(step).tokens, expected.tokens)
     # The same sequences in batches of another size: their numbers, not steps, decide.
@@ -61,7 +61,7 @@ def test_a_batch_is_a_pure_function_of_its_arguments(
 def test_an_epoch_predicts_no_token_twice(
     corpus: Corpus, mixture: dict[str, float], sequence_length: int, seed: int
 ) -> None:
-    batches = Batches(corpus, mixture, sequence_length, 1, seed)
+    batches = Batches(corpus, mixture, sequence_length, 1, seed, packing="stream")
     total = sum(mixture.values())
     lengths = {name: len(corpus.tokens(name)) for name in batches.sources}
     largest = max(batches.sources, key=lambda name: mixture[name] / lengths[name])
@@ -78,11 +78,11 @@ def test_an_epoch_predicts_no_token_twice(
 
 def test_a_later_stage_with_longer_sequences_sees_nothing_again(corpus: Corpus) -> None:
     mixture = {"code": 1.0, "sums": 2.0}
-    first = Batches(corpus, mixture, 16, 4, seed=3)
+    first = Batches(corpus, mixture, 16, 4, seed=3, packing="stream")
     drawn = first.drawn(20)
     assert all(count % 16 == 0 for count in drawn.values())
     assert sum(drawn.values()) >= 20 * 4 * 16
-    later = Batches(corpus, mixture, 48, 4, seed=3, drawn_before=drawn)
+    later = Batches(corpus, mixture, 48, 4, seed=3, packing="stream", drawn_before=drawn)
     stream = DocumentStream(corpus.tokens("sums"), corpus.document_offsets("sums"), "3/sums")
     for turn in range(2):
         rows = [row for source, row in map(later.row, range(200)) if later.sources[source] == "sums"]
