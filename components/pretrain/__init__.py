@@ -42,8 +42,8 @@ class PretrainConfig(StrictModel):
     packing: Literal["windows", "stream", "masked_stream", "best_fit"] = Field(
         "windows",
         description="windows: the corpus as it lies, cut at fixed places that are shuffled; stream: shuffled documents "
-        "one after the other, all of a row seen by all of it; masked_stream: documents do not see each other; best_fit: "
-        "also whole wherever they fit, the rest of a row padded",
+        "one after the other, all of a row seen by all of it; masked_stream: documents do not see each other; "
+        "best_fit: also whole wherever they fit, the rest of a row padded",
     )
     rope_theta: float | None = Field(None, gt=0, description="rotary base of this stage; null: that of `model`")
     rope_scaling: Yarn | None = Field(

@@ -22,7 +22,7 @@ from ling_flow.data.stream import PADDING, DocumentStream, PackedDocuments, Row,
 from ling_flow.errors import UserError
 
 Packing = Literal["windows", "stream", "masked_stream", "best_fit"]
-"""How documents fill a row. `windows`: the source as it lies on disk, cut into rows at fixed places, in a new order each
+"""How documents fill a row. `windows`: the source as it lies on disk, cut into rows at fixed places, shuffled anew each
 epoch. `stream`: shuffled documents one after the other, all of a row seen by all of it. `masked_stream`: the same, but
 documents do not see each other. `best_fit`: documents whole wherever they fit, not seeing each other, the rest of a row
 padded. Only streams go on behind an earlier stage of another length or mixture without meeting anything again."""
