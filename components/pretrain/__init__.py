@@ -125,6 +125,8 @@ class PretrainConfig(StrictModel):
         for field, mixture in (("mixture", self.mixture), ("mixture_end", self.mixture_end)):
             if mixture is not None and (any(w < 0 for w in mixture.values()) or not sum(mixture.values()) > 0):
                 raise ValueError(f"{field}: weights must be 0 or more and not all 0, got {mixture}")
+        if self.mixture_end is not None and self.packing == "windows":
+            raise ValueError("mixture_end needs packing stream, masked_stream or best_fit, got windows")
         if (self.batch_tokens_start is None) != (self.batch_ramp_tokens == 0):
             raise ValueError("batch_tokens_start and batch_ramp_tokens must be given together")
         if self.batch_ramp_tokens > self.tokens:
@@ -230,7 +232,7 @@ def pretrain(
     )
 
     cost = Cost(run.model.config, settings.sequence_length, measured_peak(device, settings.precision), config.watts)
-    evaluate_every = settings.steps // config.evaluations if config.evaluations else settings.steps
+    evaluate_every = max(1, settings.steps // max(1, config.evaluations))
 
     def evaluate(step_number: int) -> float:
         losses = validation_loss(

@@ -112,9 +112,15 @@ def test_what_a_stage_tells_while_it_trains(root, inputs, monkeypatch):
     assert any(line.startswith("step 3: words: ") for line in lines)
 
 
+def test_a_moving_mixture_of_windows_is_refused_before_anything_runs():
+    with pytest.raises(UserError, match="mixture_end needs packing stream"):
+        parse(PretrainConfig, {**config(), "mixture_end": {"words": 1}}, "pretrain")
+
+
 def test_evaluating_changes_no_bit(root, inputs):
+    # 50 are more than there are steps: after each, then.
     plain, watched = (
-        pretrain(config(evaluations=evaluations, weight_decay=0.11), root=root, **inputs) for evaluations in (0, 3)
+        pretrain(config(evaluations=evaluations, weight_decay=0.11), root=root, **inputs) for evaluations in (0, 50)
     )
     one, other = (load_pretrained(o.outputs["checkpoints"] / "step-00000006").state_dict() for o in (plain, watched))
     assert all(torch.equal(one[name], other[name]) for name in one)
