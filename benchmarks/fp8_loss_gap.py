@@ -2,6 +2,7 @@
 
     python benchmarks/fp8_loss_gap.py                      # 3 seeds, 1,000 steps each: about 30 minutes on two cores
     python benchmarks/fp8_loss_gap.py --json gap.json --plot gap.svg
+    python benchmarks/fp8_loss_gap.py --device cuda --workers 9   # the kernels themselves
 
 Every run sees the same batches: bytes of Python's standard library. A seed is that of the initial weights. The gap of a
 pair of runs is the mean of |a - b| / b over the last half of the steps, each loss smoothed by a mean over 50 steps. The
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import sysconfig
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -51,7 +53,7 @@ class SourceCode:
 
 
 def losses(
-    kind: str, seed: int, steps: int, learning_rate: float, bfloat16_layers: tuple[int, ...] = ()
+    kind: str, seed: int, steps: int, learning_rate: float, bfloat16_layers: tuple[int, ...] = (), device: str = "cpu"
 ) -> list[float]:
     """Next-token loss of each step, nats."""
     torch.set_num_threads(1)
@@ -61,6 +63,7 @@ def losses(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + NUDGE)
+    model.to(device)
     precision: Precision = "fp8" if kind == "fp8" else "bfloat16"
     set_precision(model, precision, FP8Settings(bfloat16_layers=bfloat16_layers))
     found: list[float] = []
@@ -134,12 +137,13 @@ def main() -> None:
         "--bfloat16-layers", type=int, nargs="*", default=[], help="layers that FP8 leaves out, such as -2 -1"
     )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--device", default="cpu", help="cpu (the kernels' definitions) or cuda (the kernels)")
     parser.add_argument("--json", type=Path, help="write losses and gaps to this file")
     parser.add_argument("--plot", type=Path, help="write the figure to this file")
     options = parser.parse_args()
-    told = (options.steps, options.learning_rate, tuple(options.bfloat16_layers))
+    told = (options.steps, options.learning_rate, tuple(options.bfloat16_layers), options.device)
     runs = [(kind, seed, *told) for kind in KINDS for seed in options.seeds]
-    with ProcessPoolExecutor(options.workers) as pool:
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         found = list(pool.map(losses, *zip(*runs, strict=True)))
     curves = {f"{kind}/{seed}": curve for (kind, seed, *_), curve in zip(runs, found, strict=True)}
     gaps = {

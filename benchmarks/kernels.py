@@ -2,23 +2,27 @@
 
     python benchmarks/kernels.py --json kernels.json         # all, within 7 minutes
     python benchmarks/kernels.py --only "quantise" --sweep   # some, with every candidate of tile sizes
+    python benchmarks/kernels.py --compile 8 …               # only compile what would be measured, in 8 processes
     python benchmarks/kernels.py --list                      # the cases and their floors; needs no GPU
 
 Needs torch and Triton, nothing else of the project's dependencies. The floor of a case is the bytes that must move at
 the copy rate measured first, or its FLOPs at the rate of its type, whichever takes longer: bfloat16 as measured first,
 FP8 and TF32 nominal for Hopper (1,979 and 494 TFLOP/s). Times are medians by CUDA events, the L2 cache flushed before
-each; FP8 operations include their quantisation where the case says so. A ratio above 1 means that ours is faster.
+each, of the device alone: it is kept waiting until the host has issued the whole call. FP8 operations include their
+quantisation where the case says so. A ratio above 1 means that ours is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import itertools
 import json
 import pkgutil
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -51,17 +55,22 @@ def all_cases() -> list[Case]:
     return [case for cases in rounds for case in cases if case is not None]
 
 
-def median_seconds(run: Callable[[], object], flush: torch.Tensor, budget: float = 0.25) -> float:
+SECONDS = 0.25  # of repeated calls per figure; `--seconds`
+
+
+def median_seconds(run: Callable[[], object], flush: torch.Tensor) -> float:
     """Median time of a call on the device, after two calls that compile and warm up."""
     run()
     torch.cuda.synchronize()
     started = time.perf_counter()
     run()
+    issued = time.perf_counter() - started
     torch.cuda.synchronize()
-    repeats = max(5, min(50, int(budget / max(time.perf_counter() - started, 1e-6))))
+    repeats = max(5, min(50, int(SECONDS / max(time.perf_counter() - started, 1e-6))))
     pairs = []
     for _ in range(repeats):
         flush.zero_()
+        torch.cuda._sleep(int(2e9 * 2 * min(issued, 0.01)))  # cycles at 2 GHz: twice as long as issuing takes
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
         run()
@@ -149,7 +158,7 @@ def reached(case: Case, row: dict[str, Any]) -> bool | None:
 
 def show(row: dict[str, Any]) -> None:
     if "error" in row:
-        print(f"{row['op']:34}{row['shape']:18} failed\n{row['error']}", flush=True)
+        print(f"{row['op']:38}{row['shape']:18} failed\n{row['error']}", flush=True)
         return
     rate = f"{row['tflops']:7.0f} TF/s" if row["tflops"] else f"{row['gb_per_second']:7.0f} GB/s"
     peers = ", ".join(
@@ -159,7 +168,7 @@ def show(row: dict[str, Any]) -> None:
     gate = {True: " ok  ", False: " MISS", None: "     "}[row.get("reached")]
     error = f" error {row['relative_error']:.1e}" if "relative_error" in row else ""
     print(
-        f"{row['op']:34}{row['shape']:18}{row['us']:9.1f}{row['floor_us']:9.1f}{row['share']:7.0%}{gate}"
+        f"{row['op']:38}{row['shape']:18}{row['us']:9.1f}{row['floor_us']:9.1f}{row['share']:7.0%}{gate}"
         f"{rate:>14}{error}  {peers}",
         flush=True,
     )
@@ -167,26 +176,54 @@ def show(row: dict[str, Any]) -> None:
         print(f"    {name:60}" + (f"{value:9.1f}" if isinstance(value, float) else value), flush=True)
 
 
+def compile_only(cases: list[Case], sweep: bool) -> None:
+    """Call everything once, untimed: Triton keeps what it compiles. What fails will be told when it is measured."""
+    for case in cases:
+        for prepare in (case.ours, *case.peers.values(), *(case.variants.values() if sweep else ())):
+            with contextlib.suppress(Exception):
+                prepare()()
+                torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def compile_in_parallel(processes: int) -> None:
+    """This same command in so many processes, each with its share of the cases."""
+    arguments = [sys.executable, *sys.argv]
+    parts = [subprocess.Popen([*arguments, "--part", str(part)]) for part in range(processes)]
+    if any([part.wait() for part in parts]):
+        raise SystemExit("benchmarks/kernels.py: a compiling process failed")
+
+
 def main() -> None:
+    global SECONDS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose operation or shape contains one of these")
     parser.add_argument("--sweep", action="store_true", help="also every candidate of tile sizes")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which no further case is begun")
     parser.add_argument("--json", type=Path, help="write the figures to this file, after every case")
     parser.add_argument("--list", action="store_true", help="print the cases and the floors of an H200")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of repeated calls per figure")
+    parser.add_argument("--compile", type=int, metavar="N", help="measure nothing, compile in N processes")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # of those processes, which
     options = parser.parse_args()
+    SECONDS = options.seconds
     cases = [case for case in all_cases() if any(part in f"{case.op}, {case.shape}" for part in options.only)]
     if options.list:
         for case in cases:
-            print(f"{case.op:34}{case.shape:18}{floor_seconds(case, ASSUMED_COPY, ASSUMED_BF16) * 1e6:9.1f} µs")
+            print(f"{case.op:38}{case.shape:18}{floor_seconds(case, ASSUMED_COPY, ASSUMED_BF16) * 1e6:9.1f} µs")
         return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py: needs a CUDA device (`--list` does not)")
+    if options.part is not None:
+        return compile_only(cases[options.part :: options.compile], options.sweep)
+    if options.compile:
+        return compile_in_parallel(options.compile)
     started = time.perf_counter()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     facts = machine(flush)
     print(json.dumps(facts, indent=2))
-    print(f"{'operation':34}{'shape':18}{'µs':>9}{'floor':>9}{'share':>7}")
+    print(f"{'operation':38}{'shape':18}{'µs':>9}{'floor':>9}{'share':>7}")
     rows: list[dict[str, Any]] = []
     for index, case in enumerate(cases):
         if time.perf_counter() - started > options.budget:

@@ -32,7 +32,8 @@ def cases() -> Iterator[Case]:
         if shape is not TORCHAO:
             yield _forward(shape, "down")
             yield _fp8_forward(shape, "down")
-        yield _dgrad(shape)
+            yield _dgrad(shape, "down")
+        yield _dgrad(shape, "gate_up")
         for add in (False, True):
             yield _wgrad(shape, add)
             yield _fp8_wgrad(shape, add)
@@ -114,27 +115,28 @@ def _forward(shape: MoEShape, which: str) -> Case:
     )  # fmt: skip
 
 
-def _dgrad(shape: MoEShape) -> Case:
-    outputs, inputs = _sides(shape, "gate_up")
+def _dgrad(shape: MoEShape, which: str) -> Case:
+    outputs, inputs = _sides(shape, which)
+    gather = which == "down"  # gradients by token
 
     def operands() -> tuple[Tensor, Tensor, RowMap]:
         where = _mapped(shape)
-        return _random(where.rows, outputs), _random(shape.experts, outputs, inputs), where
+        return _random(shape.tokens if gather else where.rows, outputs), _random(shape.experts, outputs, inputs), where
 
     def with_(tiles: Tiles | None = None) -> Prepared:
         def prepare() -> Callable[[], object]:
             grad, w_EAB, where = operands()
-            return lambda: grouped_gemm.grouped_dgrad_triton(grad, w_EAB, where, False, tiles)
+            return lambda: grouped_gemm.grouped_dgrad_triton(grad, w_EAB, where, gather, tiles)
 
         return prepare
 
     def torchs() -> Callable[[], object]:
         grad, w_EAB, where = operands()
-        return lambda: grouped_gemm.grouped_dgrad(grad, w_EAB, where, False, "torch")
+        return lambda: grouped_gemm.grouped_dgrad(grad, w_EAB, where, gather, "torch")
 
     moved = 2 * (shape.pairs * (inputs + outputs) + shape.experts * outputs * inputs)
     return Case(
-        "grouped gate_up dgrad", shape.name, with_(), moved=moved, flops=_flops(shape), gate=("ratio", 1.0),
+        f"grouped {which} dgrad", shape.name, with_(), moved=moved, flops=_flops(shape, which), gate=("ratio", 1.0),
         against="torch grouped_mm", peers={"torch grouped_mm": torchs},
         variants=_swept(grouped_gemm.ROWS_TILES[2], with_),
     )  # fmt: skip
@@ -186,12 +188,9 @@ def _fp8_forward(shape: MoEShape, which: str) -> Case:
         x = fp8.quantize_rows(_random(shape.tokens if gather else where.rows, inputs))
         return x, fp8.quantize_blocks(_random(shape.experts, outputs, inputs)), where
 
-    def with_(tiles: Tiles | None = None) -> Prepared:
-        def prepare() -> Callable[[], object]:
-            x, w_EAB, where = operands()
-            return lambda: grouped_gemm_fp8.grouped_forward_fp8_triton(x, w_EAB, where, gather, tiles)
-
-        return prepare
+    def ours() -> Callable[[], object]:
+        x, w_EAB, where = operands()
+        return lambda: grouped_gemm_fp8.grouped_forward_fp8(x, w_EAB, where, gather)
 
     def deep_gemm() -> Callable[[], object]:
         import deep_gemm
@@ -219,9 +218,8 @@ def _fp8_forward(shape: MoEShape, which: str) -> Case:
     whole = shape.load == "balanced" and shape.pairs % (128 * shape.experts) == 0  # what DeepGEMM takes unpadded
     gate = {TORCHAO.name: ("tflops", 700.0), "mini 8k": ("share", 0.6)}.get(shape.name)
     return Case(
-        f"grouped fp8 {which} forward", shape.name, with_(), moved=moved, flops=_flops(shape, which), kind="fp8",
+        f"grouped fp8 {which} forward", shape.name, ours, moved=moved, flops=_flops(shape, which), kind="fp8",
         gate=gate, check=check, peers={"deep_gemm": deep_gemm} if whole else {},
-        variants=_swept(grouped_gemm_fp8.ROWS_TILES, with_),
     )  # fmt: skip
 
 
@@ -234,20 +232,21 @@ def _fp8_wgrad(shape: MoEShape, add: bool) -> Case:
         x_BR = fp8.quantize_columns(_random(shape.tokens, inputs), where, gather=True)
         return grad_AR, x_BR, where, torch.zeros(shape.experts, outputs, inputs, device="cuda") if add else None
 
-    def with_(tiles: Tiles | None = None) -> Prepared:
-        def prepare() -> Callable[[], object]:
-            grad_AR, x_BR, where, out = operands()
-            return lambda: grouped_gemm_fp8.grouped_wgrad_fp8_triton(
-                grad_AR, x_BR, where, out=out, add=add, tiles=tiles
-            )
+    def ours() -> Callable[[], object]:
+        grad_AR, x_BR, where, out = operands()
+        return lambda: grouped_gemm_fp8.grouped_wgrad_fp8(grad_AR, x_BR, where, out=out, add=add)
 
-        return prepare
+    def check() -> float:
+        grad_AR, x_BR, where, out = operands()
+        found = grouped_gemm_fp8.grouped_wgrad_fp8(grad_AR, x_BR, where, out=out, add=add)
+        expert, rows = where.filled()[0]
+        wide = [fp8.dequantize_columns(part, where)[rows].double() for part in (grad_AR, x_BR)]
+        return relative_error(found[expert], wide[0].T @ wide[1])
 
     moved = shape.pairs * (inputs + outputs) + shape.experts * outputs * inputs * (8 if add else 2)
     return Case(
-        "grouped fp8 gate_up wgrad" + (", added" if add else ""), shape.name, with_(), moved=moved,
-        flops=_flops(shape), kind="fp8", gate=("tflops", 457.0) if shape is TORCHAO and not add else None,
-        variants=_swept(grouped_gemm_fp8.WEIGHTS_TILES, with_),
+        "grouped fp8 gate_up wgrad" + (", added" if add else ""), shape.name, ours, moved=moved,
+        flops=_flops(shape), kind="fp8", gate=("tflops", 457.0) if shape is TORCHAO and not add else None, check=check,
     )  # fmt: skip
 
 
@@ -257,12 +256,9 @@ def _dense() -> Case:
     def operands() -> tuple[Quantized, Quantized]:
         return fp8.quantize_rows(_random(tokens, inputs)), fp8.quantize_blocks(_random(1, outputs, inputs))
 
-    def with_(tiles: Tiles | None = None) -> Prepared:
-        def prepare() -> Callable[[], object]:
-            (x, w_1AB), where = operands(), dense_map(tokens, "cuda")
-            return lambda: grouped_gemm_fp8.grouped_forward_fp8_triton(x, w_1AB, where, False, tiles)
-
-        return prepare
+    def ours() -> Callable[[], object]:
+        (x, w_1AB), where = operands(), dense_map(tokens, "cuda")
+        return lambda: grouped_gemm_fp8.grouped_forward_fp8(x, w_1AB, where)
 
     def torchs() -> Callable[[], object]:
         from torch.nn.functional import ScalingType, scaled_mm
@@ -281,8 +277,7 @@ def _dense() -> Case:
         return lambda: deep_gemm.fp8_gemm_nt((x.values, x.scales.T), (w_1AB.values[0], w_1AB.scales[0]), y)
 
     return Case(
-        "dense fp8 forward", f"{tokens}x{inputs}x{outputs}", with_(), kind="fp8", flops=2 * tokens * inputs * outputs,
+        "dense fp8 forward", f"{tokens}x{inputs}x{outputs}", ours, kind="fp8", flops=2 * tokens * inputs * outputs,
         moved=tokens * (inputs + 2 * outputs) + outputs * inputs, gate=("tflops", 700.0),
         peers={"torch scaled_mm": torchs, "deep_gemm": deep_gemm},
-        variants=_swept(grouped_gemm_fp8.ROWS_TILES, with_),
     )  # fmt: skip

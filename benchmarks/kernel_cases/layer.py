@@ -19,37 +19,40 @@ def cases() -> Iterator[Case]:
     for shape in (SONIC, *PUBLISHED):
         yield _layer(shape, backward=False)
         yield _layer(shape, backward=True)
-    for shape in PUBLISHED:
         yield _fp8_layer(shape)
+        yield _trained_layer(shape)
 
 
-def _inputs(shape: MoEShape) -> tuple[torch.Tensor, ...]:
+def _inputs(shape: MoEShape, weights: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
     routing = route(shape, "cuda")
     x_TD = normal((shape.tokens, shape.hidden), torch.bfloat16, "cuda").requires_grad_()
     gate_up = normal((shape.experts, 2 * shape.width, shape.hidden), torch.bfloat16, "cuda", 1) * 0.02
     down = normal((shape.experts, shape.hidden, shape.width), torch.bfloat16, "cuda", 2) * 0.02
+    gate_up, down = (weight.to(weights).requires_grad_() for weight in (gate_up, down))
     weights_TK = routing.weights_TK.requires_grad_()
-    return x_TD, routing.indices_TK, weights_TK, routing.counts_E, gate_up.requires_grad_(), down.requires_grad_()
+    return x_TD, routing.indices_TK, weights_TK, routing.counts_E, gate_up, down
 
 
-def _run(forward: Callable[[], torch.Tensor], upstream: torch.Tensor | None) -> Callable[[], object]:
-    if upstream is None:
+def _run(forward: Callable[[], torch.Tensor], leaves: tuple[torch.Tensor, ...]) -> Callable[[], object]:
+    """The call that is timed: with leaves also their gradients, which replace those before."""
+    if not leaves:
 
         def once() -> object:
             with torch.no_grad():
                 return forward()
 
         return once
-    return lambda: forward().backward(upstream)
+    upstream = torch.randn_like(forward())
+    return lambda: torch.autograd.grad(forward(), leaves, upstream)
 
 
-def _upstream(shape: MoEShape, backward: bool) -> torch.Tensor | None:
-    return normal((shape.tokens, shape.hidden), torch.bfloat16, "cuda", 3) if backward else None
+def _leaves(inputs: tuple[torch.Tensor, ...], backward: bool = True) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor for tensor in inputs if tensor.requires_grad) if backward else ()
 
 
 def _bfloat16(shape: MoEShape, backward: bool) -> Callable[[], object]:
     inputs = _inputs(shape)
-    return _run(lambda: routed_experts(*inputs), _upstream(shape, backward))
+    return _run(lambda: routed_experts(*inputs), _leaves(inputs, backward))
 
 
 def _moved(shape: MoEShape, weight_bytes: int, row_bytes: int, passes: int) -> int:
@@ -66,7 +69,7 @@ def _layer(shape: MoEShape, backward: bool) -> Case:
         mlp = GLUMLP(shape.hidden, shape.width, shape.experts, shape.top_k, activation=torch.nn.SiLU())
         mlp = mlp.to("cuda", torch.bfloat16)
         weights = weights_TK.detach().bfloat16()
-        return _run(lambda: mlp(x_TD, weights, indices_TK), _upstream(shape, backward))
+        return _run(lambda: mlp(x_TD, weights, indices_TK), (x_TD, *mlp.parameters()) if backward else ())
 
     flops = (18 if backward else 6) * shape.pairs * shape.width * shape.hidden
     gate = ("tflops", 325.0) if shape is SONIC and not backward else None
@@ -77,19 +80,29 @@ def _layer(shape: MoEShape, backward: bool) -> Case:
     )  # fmt: skip
 
 
+def _fp8(shape: MoEShape, weights: torch.dtype) -> Callable[[], object]:
+    inputs, kept = _inputs(shape, weights), (FP8Weight(), FP8Weight())
+    return _run(lambda: fp8_routed_experts(*inputs, *kept), _leaves(inputs))
+
+
 def _fp8_layer(shape: MoEShape) -> Case:
-    def ours() -> Callable[[], object]:
-        x_TD, indices_TK, weights_TK, counts_E, gate_up, down = _inputs(shape)
-        masters = [weight.detach().float().requires_grad_() for weight in (gate_up, down)]
-        kept = (FP8Weight(), FP8Weight())
-
-        def forward() -> torch.Tensor:
-            return fp8_routed_experts(x_TD, indices_TK, weights_TK, counts_E, masters[0], masters[1], *kept)
-
-        return _run(forward, _upstream(shape, True))
-
+    """Like for like: bfloat16 weights and gradients of weights on both sides. The weights are in FP8 already, as they
+    are but once in an optimizer step; everything else is quantised within the time."""
     return Case(
-        "experts FP8 forward + backward", shape.name, ours, moved=_moved(shape, 1, 1, 3),
+        "experts FP8 forward + backward", shape.name, lambda: _fp8(shape, torch.bfloat16), moved=_moved(shape, 1, 1, 3),
         flops=18 * shape.pairs * shape.width * shape.hidden, kind="fp8", gate=("ratio", 1.3), against="ours in bf16",
         peers={"ours in bf16": lambda: _bfloat16(shape, True)},
+    )  # fmt: skip
+
+
+def _trained_layer(shape: MoEShape) -> Case:
+    """As our training runs it: float32 masters, float32 gradients; in bfloat16 the masters are rounded on the way."""
+
+    def bfloat16() -> Callable[[], object]:
+        inputs = _inputs(shape, torch.float32)
+        return _run(lambda: routed_experts(*inputs[:4], *(w.bfloat16() for w in inputs[4:])), _leaves(inputs))
+
+    return Case(
+        "experts FP8, float32 masters", shape.name, lambda: _fp8(shape, torch.float32), moved=_moved(shape, 1, 1, 3),
+        flops=18 * shape.pairs * shape.width * shape.hidden, kind="fp8", peers={"ours in bf16": bfloat16},
     )  # fmt: skip

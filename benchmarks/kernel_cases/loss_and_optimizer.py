@@ -37,12 +37,12 @@ def _random(*sizes: int) -> Tensor:
 def _loss(name: str, rows: int, gradient: bool) -> Case:
     """In place. What is timed overwrites its input with gradients, which are as good logits as any."""
 
-    def with_(block: int, warps: int) -> Prepared:
+    def with_(tile: tuple[int, ...]) -> Prepared:
         def prepare() -> Callable[[], object]:
             logits_CV, targets_C = _random(rows, VOCABULARY), _targets(rows)
 
             def run() -> object:
-                with mock.patch.multiple(module, BLOCK_V=block, WARPS=warps):
+                with mock.patch.object(module, "GRADIENT_TILES" if gradient else "STATISTICS_TILES", (tile,)):
                     return module.cross_entropy_triton_(logits_CV, targets_C, gradient=gradient)
 
             return run
@@ -77,12 +77,12 @@ def _loss(name: str, rows: int, gradient: bool) -> Case:
         return max(relative_error(logprobs_C, exact[0]), relative_error(logits_CV, exact[2]))
 
     passes = 2 if gradient else 1  # read once and written once; the second reading should come from the cache
-    candidates = [(b, w) for b in (4096, 8192, 16384, 32768) for w in (8, 16, 32)]
+    tiles: tuple[tuple[int, ...], ...] = module.GRADIENT_TILES if gradient else module.STATISTICS_TILES
     return Case(
-        f"cross entropy{', gradient in place' * gradient}", name, with_(module.BLOCK_V, module.WARPS),
+        f"cross entropy{', gradient in place' * gradient}", name, with_(tiles[0]),
         moved=passes * 2 * rows * VOCABULARY, gate=("share", 0.65 if gradient else 0.85), check=check,
         peers={"torch": torchs, **({"liger": liger} if gradient else {"linghe": linghe})},
-        variants={f"{candidate}": with_(*candidate) for candidate in candidates},
+        variants={str(tile): with_(tile) for tile in tiles},
     )  # fmt: skip
 
 

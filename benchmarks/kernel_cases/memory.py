@@ -166,7 +166,7 @@ def _swiglu(shape: MoEShape) -> Iterator[Case]:
 def _swiglu_quantise(shape: MoEShape) -> Iterator[Case]:
     values = shape.pairs * shape.width
 
-    def forward(by_columns: bool, tile: tuple[int, int] | None = None) -> Prepared:
+    def forward(by_columns: bool, tile: tuple[int, ...] | None = None) -> Prepared:
         def prepare() -> Callable[[], object]:
             found, weights_TK = _map(shape)
             z_R2F = _rows(found, 2 * shape.width)
@@ -174,7 +174,7 @@ def _swiglu_quantise(shape: MoEShape) -> Iterator[Case]:
 
         return prepare
 
-    def backward(tile: tuple[int, int, int]) -> Prepared:
+    def backward(tile: tuple[int, int, int, int]) -> Prepared:
         def prepare() -> Callable[[], object]:
             found, weights_TK = _map(shape)
             z_R2F, grad_RF = _rows(found, 2 * shape.width), _rows(found, shape.width, 1)
@@ -188,7 +188,7 @@ def _swiglu_quantise(shape: MoEShape) -> Iterator[Case]:
 
         def run() -> object:
             grad_z_R2F, grad_weights_TK = swiglu.swiglu_backward_triton(z_R2F, grad_RF, weights_TK, found)
-            return fp8.quantize_tiles_triton(grad_z_R2F, found, False, by_rows=True), grad_weights_TK
+            return fp8.quantize_both_triton(grad_z_R2F, found), grad_weights_TK
 
         return run
 
@@ -239,14 +239,14 @@ def _rms_norm(rows: int, width: int) -> Iterator[Case]:
             normal((rows, width), torch.bfloat16, "cuda", 2),
         )
 
-    def forward(tile: tuple[int, int], quantize: bool) -> Prepared:
+    def forward(tile: tuple[int, int], quantize: bool, keep: bool = True) -> Prepared:
         def prepare() -> Callable[[], object]:
             x_ND, weight_D, _ = inputs()
-            return lambda: rms_norm.rms_norm_triton(x_ND, weight_D, EPS, quantize, tile)
+            return lambda: rms_norm.rms_norm_triton(x_ND, weight_D, EPS, quantize, tile, keep)
 
         return prepare
 
-    def backward(tile: tuple[int, int]) -> Prepared:
+    def backward(tile: tuple[int, int, int, int]) -> Prepared:
         def prepare() -> Callable[[], object]:
             x_ND, weight_D, grad_ND = inputs()
             rstd_N = rms_norm.rms_norm_triton(x_ND, weight_D, EPS, False)[1]
@@ -271,7 +271,6 @@ def _rms_norm(rows: int, width: int) -> Iterator[Case]:
         return lambda: triton_rms_norm_forward(x_ND, weight_D, EPS)
 
     def linghe_quantize() -> Callable[[], object]:
-        # Writes no bfloat16: three fifths of what ours moves.
         from linghe.utils.norm import triton_rms_norm_and_block_quant_forward
 
         x_ND, weight_D, _ = inputs()
@@ -304,8 +303,12 @@ def _rms_norm(rows: int, width: int) -> Iterator[Case]:
     )  # fmt: skip
     yield Case(
         "rms norm + quantise 1x128", name, forward(rms_norm.FORWARD_TILES[0], True), moved=values * 5 + values // 32,
-        gate=("share", 0.85), peers={"linghe": linghe_quantize},
-        variants={str(tile): forward(tile, True) for tile in rms_norm.FORWARD_TILES},
+        gate=("share", 0.85), variants={str(tile): forward(tile, True) for tile in rms_norm.FORWARD_TILES},
+    )  # fmt: skip
+    yield Case(
+        "rms norm + quantise 1x128, FP8 alone", name, forward(rms_norm.FP8_TILES[0], True, False),
+        moved=values * 3 + values // 32, gate=("share", 0.85), peers={"linghe": linghe_quantize},
+        variants={str(tile): forward(tile, True, False) for tile in rms_norm.FP8_TILES},
     )  # fmt: skip
     yield Case(
         "rms norm backward", name, backward(rms_norm.BACKWARD_TILES[0]), moved=values * 6, gate=("share", 0.85),
@@ -321,9 +324,12 @@ def _embedding(tokens: int, vocabulary: int, hidden: int) -> Case:
         tokens_N = share_V.multinomial(tokens, replacement=True, generator=torch.Generator().manual_seed(0))
         return tokens_N.cuda(), normal((tokens, hidden), torch.bfloat16, "cuda")
 
-    def ours() -> Callable[[], object]:
-        tokens_N, grad_ND = inputs()
-        return lambda: embedding.embedding_backward_triton(tokens_N, grad_ND, vocabulary, torch.bfloat16)
+    def ours(tile: tuple[int, int, int]) -> Prepared:
+        def prepare() -> Callable[[], object]:
+            tokens_N, grad_ND = inputs()
+            return lambda: embedding.embedding_backward_triton(tokens_N, grad_ND, vocabulary, torch.bfloat16, tile)
+
+        return prepare
 
     def by_torch() -> Callable[[], object]:
         tokens_N, grad_ND = inputs()
@@ -336,6 +342,6 @@ def _embedding(tokens: int, vocabulary: int, hidden: int) -> Case:
         return relative_error(found, exact)
 
     return Case(
-        "embedding backward", f"{tokens}x{hidden}", ours, moved=(vocabulary + tokens) * hidden * 2, check=check,
-        peers={"torch": by_torch},
+        "embedding backward", f"{tokens}x{hidden}", ours(embedding.TILES[0]), moved=(vocabulary + tokens) * hidden * 2,
+        check=check, peers={"torch": by_torch}, variants={str(tile): ours(tile) for tile in embedding.TILES},
     )  # fmt: skip

@@ -34,14 +34,14 @@ def _of(name: str, batch: int, length: int, heads: int, kv_heads: int) -> Iterat
         angles = rotary_tables(torch.arange(length, device="cuda"), rotary_frequencies(ROTATED, 6e5))
         return [qkv_BSX, *weights], [table.unsqueeze(-2) for table in angles]
 
-    def with_(positions: int, group: int, warps: int, backward: bool) -> Prepared:
+    def with_(tile: tuple[int, ...], backward: bool) -> Prepared:
         def prepare() -> Callable[[], object]:
             leaves, tables = operands()
             out: tuple[Tensor, ...] = ()
             upstream: list[Tensor] = []
 
             def run() -> object:
-                with mock.patch.multiple(module, POSITIONS=positions, GROUP=group, WARPS=warps):
+                with mock.patch.object(module, "BACKWARD_TILES" if backward else "FORWARD_TILES", (tile,)):
                     if backward:
                         return torch.autograd.grad(out, leaves, upstream, retain_graph=True)
                     return module.qk_norm_rope_triton(*leaves, *tables, heads, kv_heads, EPS)
@@ -86,13 +86,11 @@ def _of(name: str, batch: int, length: int, heads: int, kv_heads: int) -> Iterat
         exact = module.qk_norm_rope_reference(*wide, heads, kv_heads, EPS)
         return max(relative_error(mine, theirs) for mine, theirs in zip(found, exact, strict=True))
 
-    chosen = (module.POSITIONS, module.GROUP, module.WARPS)
-    candidates = [(p, g, w) for p in (8, 16, 32) for g in (1, 2, 4) for w in (2, 4, 8)]
-    for backward in (False, True):
+    for backward, tiles in enumerate((module.FORWARD_TILES, module.BACKWARD_TILES)):
         yield Case(
-            f"qk norm + rope + split{', backward' * backward}", name, with_(*chosen, backward),
+            f"qk norm + rope + split{', backward' * backward}", name, with_(tiles[0], bool(backward)),
             moved=2 * (2 * elements + backward * normed) + rstd + tables,
             gate=("share", 0.8 if not backward else 0.75), check=None if backward else check,
-            peers={"torch, composed": composed(backward)} | ({} if backward else {"linghe": linghe}),
-            variants={f"{candidate}": with_(*candidate, backward) for candidate in candidates},
+            peers={"torch, composed": composed(bool(backward))} | ({} if backward else {"linghe": linghe}),
+            variants={str(tile): with_(tile, bool(backward)) for tile in tiles},
         )  # fmt: skip

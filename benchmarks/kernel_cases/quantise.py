@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.kernel_cases import Case
+from benchmarks.kernel_cases import Case, Prepared
 from ling_flow.kernels import fp8
 from ling_flow.kernels.row_map import row_map_reference
 from ling_flow.kernels.shapes import PUBLISHED, MoEShape, normal, route
@@ -42,25 +42,37 @@ def _rows(name: str, tokens: int, hidden: int) -> Case:
 
 
 def _columns(shape: MoEShape) -> Case:
-    def ours() -> Callable[[], object]:
-        routing = route(shape, "cuda")
-        row_map = row_map_reference(routing.indices_TK, routing.counts_E)
-        x_TD = normal((shape.tokens, shape.hidden), torch.bfloat16, "cuda")
-        return lambda: fp8.quantize_columns(x_TD, row_map, gather=True)
+    def ours(tile: tuple[int, int, int]) -> Prepared:
+        def prepare() -> Callable[[], object]:
+            routing = route(shape, "cuda")
+            row_map = row_map_reference(routing.indices_TK, routing.counts_E)
+            x_TD = normal((shape.tokens, shape.hidden), torch.bfloat16, "cuda")
+            return lambda: fp8.quantize_columns_triton(x_TD, row_map, True, tile)
+
+        return prepare
 
     moved = shape.tokens * shape.hidden * 2 + shape.pairs * shape.hidden
-    return Case("permute + quantise 128x1", shape.name, ours, moved=moved, gate=("share", 0.75))
+    return Case(
+        "permute + quantise 128x1", shape.name, ours(fp8.COLUMNS_TILES[0]), moved=moved, gate=("share", 0.75),
+        variants={str(tile): ours(tile) for tile in fp8.COLUMNS_TILES},
+    )  # fmt: skip
 
 
 def _both(shape: MoEShape) -> Case:
-    def ours() -> Callable[[], object]:
-        routing = route(shape, "cuda")
-        row_map = row_map_reference(routing.indices_TK, routing.counts_E)
-        x_RF = normal((row_map.rows, 2 * shape.width), torch.bfloat16, "cuda")
-        return lambda: fp8.quantize_rows_and_columns(x_RF, row_map)
+    def ours(tile: tuple[int, int, int, int]) -> Prepared:
+        def prepare() -> Callable[[], object]:
+            routing = route(shape, "cuda")
+            row_map = row_map_reference(routing.indices_TK, routing.counts_E)
+            x_RF = normal((row_map.rows, 2 * shape.width), torch.bfloat16, "cuda")
+            return lambda: fp8.quantize_both_triton(x_RF, row_map, tile)
+
+        return prepare
 
     moved = shape.pairs * 2 * shape.width * 4
-    return Case("quantise both", shape.name, ours, moved=moved, gate=("share", 0.85))
+    return Case(
+        "quantise both", shape.name, ours(fp8.BOTH_TILES[0]), moved=moved, gate=("share", 0.85),
+        variants={str(tile): ours(tile) for tile in fp8.BOTH_TILES},
+    )  # fmt: skip
 
 
 def _blocks(shape: MoEShape) -> Case:

@@ -16,7 +16,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["AVAILABLE", "INTERPRETED", "ceil_div", "dot", "jit", "narrow", "next_power_of_2", "tl"]
+__all__ = [
+    "AVAILABLE",
+    "INTERPRETED",
+    "ceil_div",
+    "describable",
+    "described",
+    "dot",
+    "jit",
+    "narrow",
+    "next_power_of_2",
+    "tl",
+]
 
 AVAILABLE = (
     torch.cuda.is_available()
@@ -58,6 +69,20 @@ def ceil_div(value: int, by: int) -> int:
 def next_power_of_2(value: int) -> int:
     """The least power of two that is not below `value`, at least 1."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+def describable(matrix: torch.Tensor) -> bool:
+    """Whether the copy engine (TMA) can read blocks of this matrix: rows begin at multiples of 16 bytes."""
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    return matrix.numel() > 0 and matrix.stride(1) == 1 and aligned
+
+
+def described(matrix: torch.Tensor, rows: int, columns: int) -> Any:
+    """The matrix as a kernel's argument of which blocks of this size are read with `load([row, column])`: by the copy
+    engine on Hopper and later. What lies outside the matrix reads as zero."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
 @jit

@@ -1,7 +1,7 @@
 """Rows of a table by token, with a gradient that is the same in every run.
 
 The gradient of a token's row is the sum over its occurrences, float32, narrowed once. On CUDA torch adds with
-atomics; here the tokens are sorted (stable), and each run of equal ones is summed in its order: pieces of 32
+atomics; here the tokens are sorted (stable), and each run of equal ones is summed in its order: pieces of at most 32
 occurrences first, then the pieces.
 
 Limits of the kernels: gradients of float32, bfloat16 or float16; any shape, fast where D is a multiple of 16.
@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from ling_flow.kernels._triton import ceil_div, jit, narrow, next_power_of_2, tl
 
-PIECE = 32  # occurrences that one program sums
-ROWS = 8  # read at a time, and added up as a tree
-COLUMNS = 512  # of a program: with 4 warps, 4 reads of 16 bytes a thread
+PIECE = 32  # a piece begins where a run does and at every multiple of this: of a run's pieces, programs sum one each
+# Rows that a program reads at a time and adds up as a tree, its most columns, and warps; the first is taken.
+TILES = ((2, 1024, 4), (4, 2048, 8), (4, 1024, 4))
 
 
 def embedding(tokens: Tensor, weight_VD: Tensor) -> Tensor:
@@ -53,80 +53,88 @@ class _Embedding(torch.autograd.Function):
 # Triton
 
 
-def embedding_backward_triton(tokens_N: Tensor, grad_ND: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
+def embedding_backward_triton(
+    tokens_N: Tensor, grad_ND: Tensor, vocabulary: int, dtype: torch.dtype, tile: tuple[int, int, int] = TILES[0]
+) -> Tensor:
     count, width = grad_ND.shape
     grad_VD = torch.zeros((vocabulary, width), dtype=dtype, device=grad_ND.device)
     if not grad_ND.numel():
         return grad_VD
     grad_ND = grad_ND.contiguous()
-    tokens_N, order_N = tokens_N.sort(stable=True)
-    first_N = torch.searchsorted(tokens_N, tokens_N, out_int32=True)
-    end_N = torch.searchsorted(tokens_N, tokens_N, right=True, out_int32=True)
-    # Of a run longer than a piece, the sums of its pieces. Only pieces of such runs have one: see `_slot`.
-    sums = torch.empty((2 * ceil_div(count, PIECE), width), dtype=torch.float32, device=grad_ND.device)
-    columns = min(next_power_of_2(width), COLUMNS)
-    grid = ceil_div(width, columns) * count  # one dimension: others are limited
-    for kernel in (_sum_pieces_kernel, _sum_runs_kernel):
-        kernel[(grid,)](
-            tokens_N, order_N, first_N, end_N, grad_ND, sums, grad_VD, width, PIECE=PIECE, ROWS=ROWS,
-            BLOCK_D=columns, num_warps=4,
-        )  # fmt: skip
+    tokens_N, order_N = tokens_N.to(torch.int32).sort(stable=True)  # half the work of int64
+    blocks, (block_n, block_d, warps) = ceil_div(count, PIECE), tile
+    block_d = min(next_power_of_2(width), block_d)
+    parts = ceil_div(width, block_d)
+    # Sums of the pieces of runs that have several: see `_sum_pieces_kernel`.
+    sums = torch.empty((2 * blocks, width), dtype=torch.float32, device=grad_ND.device)
+    _sum_pieces_kernel[(count * parts,)](
+        tokens_N, order_N, grad_ND, sums, grad_VD, count, width, PARTS=parts, PIECE=PIECE, BLOCK_N=block_n,
+        BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
+    _sum_runs_kernel[(blocks * parts,)](
+        tokens_N, sums, grad_VD, count, width, PARTS=parts, PIECE=PIECE, BLOCK_N=block_n, BLOCK_D=block_d,
+        num_warps=warps,
+    )  # fmt: skip
     return grad_VD
 
 
 @jit
-def _slot(at, is_first, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the sum of the piece that begins at `at` lies.
-
-    Within `PIECE` positions, of all runs longer than that, one first piece can begin, and one that is not the first.
-    """
-    return 2 * (at // PIECE) + tl.where(is_first, 0, 1)
-
-
-@jit
 def _sum_pieces_kernel(  # type: ignore[no-untyped-def]
-    tokens_N, order_N, first_N, end_N, grad_ND, sums, grad_VD, width,
-    PIECE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    tokens_N, order_N, grad_ND, sums, grad_VD, count, width,
+    PARTS: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.cdiv(width, BLOCK_D)
-    at = tl.program_id(0) // parts
-    first, end = tl.load(first_N + at), tl.load(end_N + at)
-    if (at - first) % PIECE != 0:
+    at = tl.program_id(0) // PARTS
+    token = tl.load(tokens_N + at)
+    begins = tl.load(tokens_N + at - 1, mask=at > 0, other=-1) != token  # a run does, here
+    if (at % PIECE != 0) & (begins == 0):
         return
-    column = tl.program_id(0) % parts * BLOCK_D + tl.arange(0, BLOCK_D)
+    next = at + tl.arange(0, PIECE)
+    ahead = tl.load(tokens_N + next, mask=(next < count) & (next // PIECE == at // PIECE), other=-1)
+    stop = at + tl.sum((ahead == token).to(tl.int32), 0)
+    ends = tl.load(tokens_N + stop, mask=stop < count, other=-1) != token
+    column = tl.program_id(0) % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
     there = column < width
     total = tl.zeros((BLOCK_D,), tl.float32)
-    stop = min(at + PIECE, end)
-    for start in range(at, stop, ROWS):
-        place = start + tl.arange(0, ROWS)
+    for start in range(at, stop, BLOCK_N):
+        place = start + tl.arange(0, BLOCK_N)
         row = tl.load(order_N + place, mask=place < stop, other=0).to(tl.int64)
         inside = (place < stop)[:, None] & there[None, :]
         wide = tl.load(grad_ND + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(wide, 0)
-    if end - first <= PIECE:
-        to = grad_VD + tl.load(tokens_N + at).to(tl.int64) * width + column
+    if begins & ends:
+        to = grad_VD + token.to(tl.int64) * width + column
         tl.store(to, narrow(total, grad_VD.dtype.element_ty), mask=there)
     else:
-        tl.store(sums + _slot(at, at == first, PIECE).to(tl.int64) * width + column, total, mask=there)
+        # Of 32 places the first may go on with a run that began before, and the last may begin one that goes on.
+        slot = at // PIECE * 2 + begins.to(tl.int32)
+        tl.store(sums + slot.to(tl.int64) * width + column, total, mask=there)
 
 
 @jit
 def _sum_runs_kernel(  # type: ignore[no-untyped-def]
-    tokens_N, order_N, first_N, end_N, grad_ND, sums, grad_VD, width,
-    PIECE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    tokens_N, sums, grad_VD, count, width,
+    PARTS: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.cdiv(width, BLOCK_D)
-    at = tl.program_id(0) // parts
-    first, end = tl.load(first_N + at), tl.load(end_N + at)
-    if (at != first) | (end - first <= PIECE):
+    # The run that begins in these 32 places and goes on after them, if there is one.
+    block = tl.program_id(0) // PARTS
+    after = (block + 1) * PIECE
+    if after >= count:
         return
-    column = tl.program_id(0) % parts * BLOCK_D + tl.arange(0, BLOCK_D)
+    token = tl.load(tokens_N + after)
+    if tl.load(tokens_N + after - 1) != token:
+        return
+    if tl.load(tokens_N + block * PIECE - 1, mask=block > 0, other=-1) == token:
+        return
+    column = tl.program_id(0) % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
     there = column < width
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(first, end, ROWS * PIECE):
-        place = start + tl.arange(0, ROWS) * PIECE
-        inside = (place < end)[:, None] & there[None, :]
-        slot = _slot(place, place == first, PIECE).to(tl.int64)
-        total += tl.sum(tl.load(sums + slot[:, None] * width + column[None, :], mask=inside, other=0.0), 0)
-    to = grad_VD + tl.load(tokens_N + at).to(tl.int64) * width + column
+    sums += column[None, :]
+    total = tl.sum(tl.load(sums + (2 * block + 1).to(tl.int64) * width, mask=there[None, :], other=0.0), 0)
+    more = block + 1  # the piece at which to go on; 0 at the end
+    while more > 0:
+        piece = more + tl.arange(0, BLOCK_N)
+        same = tl.load(tokens_N + piece * PIECE, mask=piece * PIECE < count, other=-1) == token
+        source = sums + (2 * piece).to(tl.int64)[:, None] * width
+        total += tl.sum(tl.load(source, mask=same[:, None] & there[None, :], other=0.0), 0)
+        more = tl.where(tl.sum(same.to(tl.int32), 0) == BLOCK_N, more + BLOCK_N, 0)
+    to = grad_VD + token.to(tl.int64) * width + column
     tl.store(to, narrow(total, grad_VD.dtype.element_ty), mask=there)

@@ -2,6 +2,8 @@
 
 Activations and gradients have tiles of 1×128: along the columns (`quantize_rows`) for the products that sum over
 columns, along the rows (`quantize_columns`, stored transposed) for the gradients of weights, which sum over rows.
+By columns every tile of rows of an expert has room for 128, with zeros where it has fewer, so that a product over rows
+needs no masks and Hopper's copy engine can read it.
 Weights have blocks of 128×128. A tile's scale is its largest magnitude / 448, and a value is stored as value·(448 /
 largest), rounded to nearest even; both quotients are IEEE float32, so that scales and values are equal to the bit
 wherever they are computed. A tile with a value that is not finite has the scale inf, and reads back as NaN.
@@ -20,20 +22,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ling_flow.kernels._triton import ceil_div, jit, narrow, tl
-from ling_flow.kernels.row_map import ALIGN, TILE, RowMap
+from ling_flow.kernels._triton import INTERPRETED, ceil_div, jit, narrow, tl
+from ling_flow.kernels.row_map import TILE, RowMap
 
 STORED = torch.float8_e4m3fn
 LARGEST = 448.0  # of STORED
 LEAST = 2.0**-100  # largest magnitudes below count as this: a tile of zeros has a scale
 
+# Columns of a program of 128 rows by columns, rows that a thread of it holds, warps; the first is taken.
+COLUMNS_TILES = ((64, 16, 4), (64, 8, 4), (32, 16, 4), (128, 16, 8))
+BOTH_TILES = ((32, 64, 16, 4), (16, 64, 16, 4), (32, 32, 16, 4))  # before these, rows of a program by rows
+SLAB = 256  # columns of tokens that all tiles read, from the cache, before the next ones
+
 
 class Quantized(NamedTuple):
     """FP8 values and their float32 scales.
 
-    By rows: values (M, N), scales (ceil(N/128), M). By columns: values (N, R), scales (tiles of rows, N). Blocks:
-    values (E, M, N), scales (E, ceil(M/128), ceil(N/128)). Scales of tiles lie so that neighbouring lanes read
-    neighbouring scales.
+    By rows: values (M, N), scales (ceil(N/128), M). By columns, of the X tiles of rows of a `RowMap`: values
+    (N, 128·X), scales (X, N), undefined in tiles past the last one. Blocks: values (E, M, N), scales
+    (E, ceil(M/128), ceil(N/128)). Scales of tiles lie so that neighbouring lanes read neighbouring scales.
     """
 
     values: Tensor
@@ -46,8 +53,8 @@ class Quantized(NamedTuple):
 def _quantize_tiles(wide: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """float32 values with one tile over `dims` → (FP8 values, scales with those dims kept)."""
     largest = wide.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dims, keepdim=True).clamp(min=LEAST)
-    inverse = torch.full_like(largest, LARGEST) / largest  # a number / tensor would be number · (1 / tensor)
-    return (wide * inverse).to(STORED), largest / LARGEST
+    limit = torch.full_like(largest, LARGEST)  # a tensor: torch multiplies by the inverse of a number, on CUDA
+    return (wide * (limit / largest)).to(STORED), largest / limit
 
 
 def quantize_rows_reference(x_MN: Tensor) -> Quantized:
@@ -62,9 +69,7 @@ def quantize_columns_reference(x_TN: Tensor, row_map: RowMap, gather: bool) -> Q
     source_MX = row_map.pair_R[row_MX].long() // row_map.top_k if gather else row_MX
     tiles_MXN = torch.where(real_MX.unsqueeze(2), x_TN[source_MX.clamp(min=0)].float(), 0)
     values_MXN, scales_M1N = _quantize_tiles(tiles_MXN, (1,))
-    values_RN = torch.zeros((row_map.rows, x_TN.shape[1]), dtype=STORED, device=x_TN.device)
-    values_RN[row_MX[real_MX]] = values_MXN[real_MX]
-    return Quantized(values_RN.T.contiguous(), scales_M1N.squeeze(1))
+    return Quantized(values_MXN.flatten(0, 1).T.contiguous(), scales_M1N.squeeze(1))
 
 
 def _tile_rows(row_map: RowMap) -> tuple[Tensor, Tensor]:
@@ -96,9 +101,10 @@ def dequantize_rows(x_MN: Quantized) -> Tensor:
 def dequantize_columns(x_NR: Quantized, row_map: RowMap) -> Tensor:
     """float32 (R, N), zero in padding."""
     row_MX, real_MX = _tile_rows(row_map)
-    scales_RN = x_NR.scales.new_zeros(row_map.rows, x_NR.values.shape[0])
-    scales_RN[row_MX[real_MX]] = x_NR.scales.unsqueeze(1).expand(-1, TILE, -1)[real_MX]
-    return x_NR.values.T.float() * scales_RN
+    wide_MXN = x_NR.values.T.float().unflatten(0, (-1, TILE)) * x_NR.scales.unsqueeze(1)
+    wide_RN = wide_MXN.new_zeros(row_map.rows, wide_MXN.shape[2])
+    wide_RN[row_MX[real_MX]] = wide_MXN[real_MX]
+    return wide_RN
 
 
 def dequantize_blocks(w_EMN: Quantized) -> Tensor:
@@ -117,23 +123,21 @@ def quantize_rows(x_MN: Tensor) -> Quantized:
 
 
 def quantize_columns(x: Tensor, row_map: RowMap, gather: bool = False) -> Quantized:
-    """Tiles of 128×1 along the rows of each expert, transposed: values (N, R), scales (tiles, N).
+    """Tiles of 128×1 along the rows of each expert, transposed: values (N, 128·X), scales (X, N) for X tiles of rows.
 
     Args:
         x: (R, N) in the rows of the map, or with `gather` the tokens (T, N), which are looked up. Padding is stored as
             zero whatever it holds.
     """
     if x.is_cuda:
-        return quantize_tiles_triton(x, row_map, gather, by_rows=False)[1]
+        return quantize_columns_triton(x, row_map, gather)
     return quantize_columns_reference(x, row_map, gather)
 
 
 def quantize_rows_and_columns(x_RN: Tensor, row_map: RowMap) -> tuple[Quantized, Quantized]:
     """Both of the above in one reading of x (R, N). By rows, the scales of padding are undefined."""
     if x_RN.is_cuda:
-        by_rows, by_columns = quantize_tiles_triton(x_RN, row_map, False, by_rows=True)
-        assert by_rows is not None
-        return by_rows, by_columns
+        return quantize_both_triton(x_RN, row_map)
     return quantize_rows_reference(x_RN), quantize_columns_reference(x_RN, row_map, False)
 
 
@@ -161,40 +165,52 @@ def quantize_rows_triton(x_MN: Tensor) -> Quantized:
     return Quantized(values, scales)
 
 
-def quantize_tiles_triton(
-    x: Tensor, row_map: RowMap, gather: bool, by_rows: bool
-) -> tuple[Quantized | None, Quantized]:
-    columns, device = x.shape[1], x.device
+def quantize_columns_triton(
+    x: Tensor, row_map: RowMap, gather: bool, tile: tuple[int, int, int] = COLUMNS_TILES[0]
+) -> Quantized:
+    columns = x.shape[1]
     x = x.contiguous()
-    by_column = room_by_columns(row_map, columns, device)
-    by_row = None
-    if by_rows:
-        by_row = Quantized(
-            torch.empty((row_map.rows, columns), dtype=STORED, device=device),
-            torch.empty((ceil_div(columns, TILE), row_map.rows), dtype=torch.float32, device=device),
-        )
-    if x.numel() and len(row_map.tile_rows_M):
-        row_values, row_scales = by_row or by_column  # not touched without by_rows
-        grid = (len(row_map.tile_rows_M), ceil_div(columns, TILE))
-        _quantize_tiles_kernel[grid](
-            x, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, row_values, row_scales, *by_column,
-            row_map.rows, columns, TOP_K=row_map.top_k, GATHER=gather, BY_ROWS=by_rows, TILE=TILE, num_warps=16,
+    found = room_by_columns(row_map, columns, x.device)
+    if found.values.numel():
+        block, held, warps = tile
+        parts = ceil_div(columns, block)
+        slab = min(SLAB // block, parts) if gather else parts
+        grid = (len(row_map.tile_rows_M) * slab, ceil_div(parts, slab))
+        _quantize_columns_kernel[grid](
+            x, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, *found, found.values.shape[1], columns,
+            TOP_K=row_map.top_k, GATHER=gather, SLAB=slab, TILE=TILE, BLOCK=block, HELD=held, num_warps=warps,
         )  # fmt: skip
-    return by_row, by_column
+    return found
+
+
+def quantize_both_triton(
+    x_RN: Tensor, row_map: RowMap, tile: tuple[int, int, int, int] = BOTH_TILES[0]
+) -> tuple[Quantized, Quantized]:
+    rows, columns = row_map.rows, x_RN.shape[1]
+    x_RN = x_RN.contiguous()
+    by_columns = room_by_columns(row_map, columns, x_RN.device)
+    by_rows = Quantized(
+        torch.empty((rows, columns), dtype=STORED, device=x_RN.device),
+        torch.empty((ceil_div(columns, TILE), rows), dtype=torch.float32, device=x_RN.device),
+    )
+    if by_columns.values.numel():
+        block_r, block, held, warps = tile
+        programs = TILE // block_r + TILE // block  # of a tile
+        parts = ceil_div(columns, TILE)
+        _quantize_both_kernel[(len(row_map.tile_rows_M) * parts * programs,)](
+            x_RN, row_map.tile_start_M, row_map.tile_rows_M, *by_rows, *by_columns, rows, by_columns.values.shape[1],
+            columns, PARTS=parts, BLOCK_R=block_r, TILE=TILE, BLOCK=block, HELD=held, num_warps=warps,
+        )  # fmt: skip
+    return by_rows, by_columns
 
 
 def room_by_columns(row_map: RowMap, columns: int, device: torch.device) -> Quantized:
-    """Room for values by columns, of which the rows past the last expert's are zero: the kernels write the others."""
-    rows = row_map.rows
-    values = torch.empty((columns, rows), dtype=STORED, device=device)
-    scales = torch.empty((len(row_map.tile_rows_M), columns), dtype=torch.float32, device=device)
-    if values.numel():
-        grid = (ceil_div(rows - row_map.place_TK.numel(), 256), ceil_div(columns, 16))
-        _zero_tail_kernel[grid](
-            values, row_map.starts_E, row_map.counts_E, len(row_map.counts_E), rows, columns, ALIGN=ALIGN, BLOCK_R=256,
-            BLOCK_N=16, num_warps=4,
-        )  # fmt: skip
-    return Quantized(values, scales)
+    """Room for values by columns; kernels write every tile that has rows."""
+    tiles = len(row_map.tile_rows_M)
+    return Quantized(
+        torch.empty((columns, tiles * TILE), dtype=STORED, device=device),
+        torch.empty((tiles, columns), dtype=torch.float32, device=device),
+    )
 
 
 def quantize_blocks_triton(w_EMN: Tensor) -> Quantized:
@@ -232,36 +248,61 @@ def magnitude(wide):  # type: ignore[no-untyped-def]
 
 
 @jit
-def rows_of_tile(tile, count, tile_start_M, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows within a tile, the first one, and how many are its own with its expert's padding.
-
-    Starts and paddings are multiples of 16, which the compiler must be told to write 16 bytes at a time.
-    """
-    start = tl.multiple_of(tl.load(tile_start_M + tile), 16)
-    return tl.arange(0, TILE), start, (count + 15) // 16 * 16
+def _maximum(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
-def pairs_of_columns(BLOCK_F: tl.constexpr):  # type: ignore[no-untyped-def]
-    """0, 1, …, of which the compiler is told that 2 at a time are neighbours.
-
-    A thread then reads 2 columns of many rows instead of 8 of few: a column's largest is found and divided by in a
-    quarter of the threads, and IEEE divisions are what these kernels would otherwise wait for.
-    """
-    return tl.max_contiguous(tl.arange(0, BLOCK_F), 2)
+def largest(wide, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest magnitude along an axis; inf where one is not finite."""
+    if INTERPRETED:  # it would reduce with a function of ours element by element
+        found = tl.max(magnitude(wide), axis)
+    else:
+        found = tl.reduce(tl.abs(wide), axis, _maximum)
+        found = tl.where(found == found, found, float("inf"))
+    return found
 
 
 @jit
-def _zero_tail_kernel(  # type: ignore[no-untyped-def]
-    values, starts_E, counts_E, experts, rows, columns,
-    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+def spread(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x (SIZE,) itself, dealt out anew: each value to as few threads as can be.
+
+    After a reduction many threads hold the same values, and all would do the IEEE divisions that follow.
+    """
+    return tl.gather(x, tl.arange(0, SIZE), 0)
+
+
+@jit
+def rows_of_threads(TILE: tl.constexpr, HELD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """0, 1, …, TILE - 1 in the order in which a program by columns reads rows.
+
+    The rows that a thread holds are every (TILE / HELD)-th of a block. Read so, they are neighbours: what it stores by
+    columns is contiguous.
+    """
+    at = tl.arange(0, TILE)
+    return at % (TILE // HELD) * HELD + at // (TILE // HELD)
+
+
+@jit
+def turned(x, TILE: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x (TILE, BLOCK), its rows in that order → (BLOCK, TILE) in plain order."""
+    x = tl.permute(tl.reshape(x, (HELD, TILE // HELD, BLOCK)), (2, 1, 0))
+    return tl.reshape(x, (BLOCK, TILE))
+
+
+@jit
+def store_by_columns(  # type: ignore[no-untyped-def]
+    values, scales, wide, tile, first, stride, columns, TILE: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    used = tl.load(starts_E + experts - 1) + (tl.load(counts_E + experts - 1) + ALIGN - 1) // ALIGN * ALIGN
-    row = tl.multiple_of(used, ALIGN) + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    to = values + column.to(tl.int64)[:, None] * rows + row[None, :]
-    zeros = narrow(tl.zeros((BLOCK_N, BLOCK_R), tl.float32), tl.float8e4nv)
-    tl.store(to, zeros, mask=(column < columns)[:, None] & (row < rows)[None, :])
+    """Quantise the columns from `first` on of a tile (TILE, BLOCK) whose rows are in the order of `rows_of_threads`,
+    with zeros where there is no row."""
+    scale, inverse = scale_and_inverse(spread(largest(wide, 0), BLOCK))
+    stored = turned(narrow(wide * inverse[None, :], tl.float8e4nv), TILE, HELD, BLOCK)
+    row, column = tl.arange(0, TILE), tl.arange(0, BLOCK)
+    there = first + column < columns
+    to = values + first.to(tl.int64) * stride + tile * TILE + column[:, None] * stride + row[None, :]
+    tl.store(to, stored, mask=there[:, None])
+    tl.store(scales + tile.to(tl.int64) * columns + first + column, scale, mask=there)
 
 
 @jit
@@ -278,38 +319,56 @@ def _quantize_rows_kernel(x, values, scales, rows, columns, BLOCK_M: tl.constexp
 
 
 @jit
-def _quantize_tiles_kernel(  # type: ignore[no-untyped-def]
-    x, pair_R, tile_start_M, tile_rows_M, row_values, row_scales, column_values, column_scales, rows, columns,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, BY_ROWS: tl.constexpr, TILE: tl.constexpr,
+def _quantize_columns_kernel(  # type: ignore[no-untyped-def]
+    x, pair_R, tile_start_M, tile_rows_M, values, scales, stride, columns,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, SLAB: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    count = tl.load(tile_rows_M + tile)
+    tile = tl.program_id(0) // SLAB
+    first = (tl.program_id(1) * SLAB + tl.program_id(0) % SLAB) * BLOCK
+    count, start = tl.load(tile_rows_M + tile), tl.load(tile_start_M + tile)
     if count == 0:
         return
     # 64-bit offsets per tile, 32-bit ones within it: a tile spans 128 rows, or 128 columns of all rows.
-    within, start, padded = rows_of_tile(tile, count, tile_start_M, TILE)
-    column, first = pairs_of_columns(TILE), tl.program_id(1) * TILE
-    real, there = within < count, first + column < columns
+    within, column = rows_of_threads(TILE, HELD), tl.arange(0, BLOCK)
     if GATHER:
-        token = (tl.load(pair_R + start + within, mask=real, other=0) // TOP_K).to(tl.int64)
-        source = x + first + token[:, None] * columns + column[None, :]
+        token = tl.load(pair_R + start + within, mask=within < count, other=0) // TOP_K
+        source = x + first + token.to(tl.int64)[:, None] * columns + column[None, :]
     else:
         source = x + start.to(tl.int64) * columns + first + within[:, None] * columns + column[None, :]
-    inside = real[:, None] & there[None, :]
+    inside = (within < count)[:, None] & (first + column < columns)[None, :]
     wide = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 0))
-    stored = narrow(wide * inverse[None, :], tl.float8e4nv)
-    to = column_values + first.to(tl.int64) * rows + start + column[:, None] * rows + within[None, :]
-    tl.store(to, tl.trans(stored), mask=there[:, None] & (within < padded)[None, :])
-    tl.store(column_scales + tile.to(tl.int64) * columns + first + column, scale, mask=there)
-    if BY_ROWS:
-        # Read again, from the cache: both halves at once would not fit the registers.
-        wide = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 1))
-        stored = narrow(wide * inverse[:, None], tl.float8e4nv)
-        to = row_values + start.to(tl.int64) * columns + first
-        tl.store(to + within[:, None] * columns + column[None, :], stored, mask=inside)
-        tl.store(row_scales + tl.program_id(1).to(tl.int64) * rows + start + within, scale, mask=real)
+    store_by_columns(values, scales, wide, tile, first, stride, columns, TILE, HELD, BLOCK)
+
+
+@jit
+def _quantize_both_kernel(  # type: ignore[no-untyped-def]
+    x, tile_start_M, tile_rows_M, row_values, row_scales, values, scales, rows, stride, columns,
+    PARTS: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    # A tile of 128×128 is read by rows and by columns, by neighbouring programs: the second reading is from the cache.
+    by_rows: tl.constexpr = TILE // BLOCK_R
+    programs: tl.constexpr = by_rows + TILE // BLOCK
+    step, part = tl.program_id(0) % programs, tl.program_id(0) // programs % PARTS
+    tile = tl.program_id(0) // programs // PARTS
+    count, start = tl.load(tile_rows_M + tile), tl.load(tile_start_M + tile)
+    x += start.to(tl.int64) * columns
+    if step < by_rows:
+        if step * BLOCK_R < count:
+            within, column = step * BLOCK_R + tl.arange(0, BLOCK_R), part * TILE + tl.arange(0, TILE)
+            at = within[:, None] * columns + column[None, :]
+            inside = (within < count)[:, None] & (column < columns)[None, :]
+            wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            scale, inverse = scale_and_inverse(largest(wide, 1))
+            to = row_values + start.to(tl.int64) * columns
+            tl.store(to + at, narrow(wide * inverse[:, None], tl.float8e4nv), mask=inside)
+            tl.store(row_scales + part.to(tl.int64) * rows + start + within, scale, mask=within < count)
+    elif count > 0:
+        within, first = rows_of_threads(TILE, HELD), part * TILE + (step - by_rows) * BLOCK
+        column = first + tl.arange(0, BLOCK)
+        inside = (within < count)[:, None] & (column < columns)[None, :]
+        wide = tl.load(x + within[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        store_by_columns(values, scales, wide, tile, first, stride, columns, TILE, HELD, BLOCK)
 
 
 @jit

@@ -1,12 +1,12 @@
 """Linear layers and routed experts in blockwise FP8, forward and backward (Ling 2.0 §5.1).
 
 All three products of a weight (outputs, gradient of the input, gradient of the weight) take E4M3 operands with float32
-scales and float32 sums; outputs and gradients of inputs are bfloat16, gradients of weights float32. What is kept for
-the backward pass of a linear layer is its input in FP8, by columns: half of bfloat16.
+scales and float32 sums; outputs and gradients of inputs are bfloat16, gradients of weights of the weights' type. What
+is kept for the backward pass of a linear layer is its input in FP8, by columns: half of bfloat16.
 
 On a CPU the same steps run by the definitions of the kernels, so the numbers of FP8 training can be had anywhere.
 
-Limits: inputs are bfloat16; weights are the float32 masters.
+Limits: inputs are bfloat16; weights are the float32 masters, or bfloat16.
 
 Shapes: T tokens, D hidden, E experts, K chosen, F expert width, R rows of a `RowMap`, A outputs, B inputs.
 """
@@ -91,7 +91,7 @@ class _FP8Linear(torch.autograd.Function):
         where = dense_map(len(x_TB), x_TB.device)
         by_rows, by_columns = quantize_rows_and_columns(x_TB, where)
         y_TA = grouped_forward_fp8(by_rows, quantized, where)[: len(x_TB)]
-        ctx.where, ctx.quantized, ctx.watch = where, quantized, watch
+        ctx.where, ctx.quantized, ctx.watch, ctx.dtype = where, quantized, watch, weight_AB.dtype
         # A watched layer needs its weight for the comparison.
         ctx.save_for_backward(*by_columns, weight_AB if watch is not None else None)
         if watch is not None:
@@ -108,13 +108,13 @@ class _FP8Linear(torch.autograd.Function):
         x = Quantized(values, scales)
         by_rows, by_columns = quantize_rows_and_columns(grad_TA, where)
         grad_x_TB = grouped_dgrad_fp8(by_rows, ctx.quantized, where)[:tokens]
-        grad_weight_AB = grouped_wgrad_fp8(by_columns, x, where, torch.float32)[0]
+        grad_weight_AB = grouped_wgrad_fp8(by_columns, x, where, ctx.dtype)[0]
         if watch is not None:
             watch("gradient", grad_TA.float(), dequantize_rows(by_rows)[:tokens])
             watch("gradient by columns", grad_TA.float(), dequantize_columns(by_columns, where)[:tokens])
             watch("dgrad", grad_TA.float() @ weight_AB.float(), grad_x_TB.float())
             x_TB = dequantize_columns(x, where)[:tokens]  # the input itself is not kept
-            watch("wgrad", grad_TA.float().T @ x_TB, grad_weight_AB)
+            watch("wgrad", grad_TA.float().T @ x_TB, grad_weight_AB.float())
         return grad_x_TB, grad_weight_AB, None, None
 
 
@@ -136,6 +136,7 @@ class _FP8Experts(torch.autograd.Function):
         h_q = swiglu_quantize(z_R2F, weights_TK, where, by_columns=False)
         y_RD = grouped_forward_fp8(h_q, quantized[1], where)
         ctx.where, ctx.quantized, ctx.watches = where, quantized, watches
+        ctx.dtypes = gate_up_E2FD.dtype, down_EDF.dtype
         ctx.save_for_backward(x_TD, z_R2F, weights_TK)
         for watch, weight, stored in zip(watches, (gate_up_E2FD, down_EDF), quantized, strict=True):
             if watch is not None:
@@ -156,11 +157,11 @@ class _FP8Experts(torch.autograd.Function):
         grad_h_RF = grouped_dgrad_fp8(grad_q, down, where, gather=True)
         grad_columns = quantize_columns(grad_TD, where, gather=True)
         h_columns = swiglu_quantize(z_R2F, weights_TK, where, by_columns=True)
-        grad_down_EDF = grouped_wgrad_fp8(grad_columns, h_columns, where, torch.float32)
+        grad_down_EDF = grouped_wgrad_fp8(grad_columns, h_columns, where, ctx.dtypes[1])
         dz_rows, dz_columns, grad_weights_TK = swiglu_quantize_backward(z_R2F, grad_h_RF, weights_TK, where)
         assert grad_weights_TK is not None
         x_columns = quantize_columns(x_TD, where, gather=True)
-        grad_gate_up_E2FD = grouped_wgrad_fp8(dz_columns, x_columns, where, torch.float32)
+        grad_gate_up_E2FD = grouped_wgrad_fp8(dz_columns, x_columns, where, ctx.dtypes[0])
         grad_x_TD = sum_rows(grouped_dgrad_fp8(dz_rows, gate_up, where), where)
         real = where.pair_R >= 0
         watch_gate_up, watch_down = ctx.watches

@@ -11,7 +11,7 @@ Limits of the kernels: contiguous operands of one type, bfloat16, float16 or flo
 weights are multiples of 16. bfloat16 and float16 run on tensor cores with float32 sums. float32 multiplies in float32,
 slowly, unless `torch.set_float32_matmul_precision` allows TF32. A tile has 128 rows: an expert with few wastes the
 rest. A weight's gradient sums over all rows of its expert in one program: with one expert and small weights there are
-too few programs to fill a GPU. No copies by the hardware's tensor engine (TMA), no multicast: about 0.8 of cuBLAS.
+too few programs to fill a GPU. Rows that are looked up cannot be read by Hopper's copy engine (TMA); no multicast.
 
 Shapes: T tokens, R rows of the map, E experts, A outputs, B inputs.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ling_flow.kernels._triton import INTERPRETED, ceil_div, dot, jit, narrow, tl
+from ling_flow.kernels._triton import INTERPRETED, ceil_div, describable, described, dot, jit, narrow, tl
 from ling_flow.kernels.row_map import ALIGN, TILE, RowMap
 
 Backend = Literal["auto", "triton", "torch"]
@@ -39,22 +39,18 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By bytes per value. The first is used; the others are for a sweep on a GPU. 128×256 sums take 128 registers of each of
-# 256 threads, and their operands 48 KB a stage; a quarter less goes through L2 than with 128×128. Where rows are looked
-# up within the loop, the look-up takes half of the stages. With few rows an expert, a gradient of weights is mostly its
-# own writing: two blocks of 4 warps fit a multiprocessor, and one reads while the other writes. What is added to a sum
-# in memory needs registers for it.
+# By bytes per value. The first is used; the others are for a sweep (figures in docs/log.md). 128×256 sums take 128
+# registers of each of 256 threads, and their operands 48 KB a stage; a quarter less goes through L2 than with 128×128.
+# Where rows are looked up within the loop, the look-up takes half of the stages. With few rows an expert a gradient of
+# weights is mostly its own writing: two blocks of 4 warps share a multiprocessor, and one reads while the other writes.
 ROWS_TILES = {
-    2: (Tiles(256, 64, 8, 4), Tiles(256, 64, 8, 3), Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 4)),
+    2: (Tiles(256, 64, 8, 4), Tiles(256, 64, 8, 3), Tiles(128, 64, 4, 3)),
     4: (Tiles(128, 32, 8, 3),),
 }
-WEIGHTS_TILES = {
-    2: (Tiles(256, 64, 8, 5), Tiles(256, 64, 8, 4), Tiles(128, 64, 8, 5)),
-    4: (Tiles(128, 32, 8, 3),),
-}
-FEW_ROWS = 512  # or fewer an expert, on average
-FEW_ROWS_TILES = {2: (Tiles(128, 64, 4, 5), Tiles(128, 64, 8, 5)), 4: (Tiles(128, 32, 8, 3),)}
-ADDED_TILES = {2: (Tiles(128, 64, 8, 5),), 4: (Tiles(128, 32, 8, 3),)}
+WEIGHTS_TILES = {2: (Tiles(256, 64, 8, 7), Tiles(256, 64, 8, 5)), 4: (Tiles(128, 32, 8, 3),)}
+FEW_ROWS = 1024  # or fewer an expert, on average
+FEW_ROWS_TILES = {2: (Tiles(128, 64, 4, 5), Tiles(128, 64, 4, 4)), 4: (Tiles(128, 32, 8, 3),)}
+ADDED_TILES = {2: (Tiles(128, 32, 4, 5), Tiles(128, 64, 8, 7), Tiles(256, 64, 8, 5)), 4: (Tiles(128, 32, 8, 3),)}
 GROUP = 8  # tiles of rows whose programs are numbered together
 
 
@@ -213,13 +209,22 @@ def _rows_triton(
     y = torch.empty((row_map.rows, columns), dtype=x.dtype, device=x.device)
     row_tiles = len(row_map.tile_rows_M)
     if row_tiles and columns:
+        weights = w_EAB.flatten(0, 1)
+        described_x = not gather and x.element_size() == 2 and describable(x)
+        # Transposed weights pay only together with rows. Beyond their depth lies the next expert, not nothing.
+        described_w = described_x and depth % tiles.depth == 0
+        if not transposed:
+            described_w = x.element_size() == 2 and describable(weights)
+        block = (tiles.depth, tiles.columns) if transposed else (tiles.columns, tiles.depth)
         grid = (row_tiles * ceil_div(columns, tiles.columns),)
         _rows_kernel[grid](
-            x, w_EAB, y, row_map.pair_R, row_map.tile_expert_M, row_map.tile_start_M, row_map.tile_rows_M,
+            described(x, TILE, tiles.depth) if described_x else x,
+            described(weights, *block) if described_w else weights, y,
+            row_map.pair_R, row_map.tile_expert_M, row_map.tile_start_M, row_map.tile_rows_M,
             row_tiles, columns, depth, TOP_K=row_map.top_k, GATHER=gather, TRANSPOSED=transposed,
-            EVEN_COLUMNS=columns % tiles.columns == 0, EVEN_DEPTH=depth % tiles.depth == 0, PRECISION=_precision(),
-            GROUP=GROUP, TILE=TILE, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            DESCRIBED_X=described_x, DESCRIBED_W=described_w, EVEN_COLUMNS=columns % tiles.columns == 0,
+            EVEN_DEPTH=depth % tiles.depth == 0, PRECISION=_precision(), GROUP=GROUP, TILE=TILE, BLOCK_N=tiles.columns,
+            BLOCK_K=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y
 
@@ -246,9 +251,9 @@ def grouped_wgrad_triton(
         grid = (experts * ceil_div(outputs, TILE) * ceil_div(inputs, tiles.columns),)
         _weights_kernel[grid](
             grad, x, out, row_map.pair_R, row_map.counts_E, row_map.starts_E, outputs, inputs,
-            TOP_K=row_map.top_k, GATHER_GRAD=gather_grad, GATHER_X=gather_x, ADD=add, PRECISION=_precision(),
-            GROUP=GROUP, BLOCK_A=TILE, BLOCK_B=tiles.columns, BLOCK_R=tiles.depth,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            TOP_K=row_map.top_k, GATHER_GRAD=gather_grad, GATHER_X=gather_x, EVEN_A=outputs % TILE == 0,
+            EVEN_B=inputs % tiles.columns == 0, ADD=add, PRECISION=_precision(), GROUP=GROUP, BLOCK_A=TILE,
+            BLOCK_B=tiles.columns, BLOCK_R=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out
 
@@ -278,9 +283,9 @@ def _product(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def
 @jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
     x, w, y, pair_R, tile_expert_M, tile_start_M, tile_rows_M, row_tiles, columns, depth,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIBED_X: tl.constexpr,
+    DESCRIBED_W: tl.constexpr, EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile, block = ordered(tl.program_id(0), row_tiles, tl.cdiv(columns, BLOCK_N), GROUP)
     count = tl.load(tile_rows_M + tile)
@@ -288,31 +293,41 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         return
     within = tl.arange(0, TILE)
     real = within < count
-    start = tl.load(tile_start_M + tile).to(tl.int64)
-    # Where there is no row, the tile's first is read and its product not stored: a mask would cost more.
-    row = start + tl.where(real, within, 0)
-    source = (tl.load(pair_R + row) // TOP_K).to(tl.int64) if GATHER else row
+    first, expert = tl.load(tile_start_M + tile), tl.load(tile_expert_M + tile)
+    start = first.to(tl.int64)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    x_at = x + source[:, None] * depth + k[None, :]
-    weights = w + tl.load(tile_expert_M + tile).to(tl.int64) * columns * depth
-    if TRANSPOSED:
-        w_at = weights + k[:, None] * columns + column[None, :]
-    else:
-        w_at = weights + column[None, :] * depth + k[:, None]
     there = (column < columns)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    if not DESCRIBED_X:
+        # Where there is no row, the tile's first is read and its product not stored: a mask would cost more.
+        row = start + tl.where(real, within, 0)
+        source = (tl.load(pair_R + row) // TOP_K).to(tl.int64) if GATHER else row
+        x_at = x + source[:, None] * depth + k[None, :]
+    if not DESCRIBED_W:
+        weights = w + expert.to(tl.int64) * columns * depth
+        if TRANSPOSED:
+            w_at = weights + k[:, None] * columns + column[None, :]
+        else:
+            w_at = weights + column[None, :] * depth + k[:, None]
     acc = tl.zeros((TILE, BLOCK_N), dtype=tl.float32)
     for done in range(0, depth, BLOCK_K):
-        if EVEN_DEPTH:
-            left = tl.load(x_at)
-            right = tl.load(w_at) if EVEN_COLUMNS else tl.load(w_at, mask=there, other=0.0)
+        if DESCRIBED_X:
+            left = x.load([first, done])
         else:
-            inside = k < depth - done
-            left = tl.load(x_at, mask=inside[None, :], other=0.0)
-            right = tl.load(w_at, mask=inside[:, None] & there, other=0.0)
+            left = tl.load(x_at) if EVEN_DEPTH else tl.load(x_at, mask=(k < depth - done)[None, :], other=0.0)
+            x_at += BLOCK_K
+        if DESCRIBED_W:
+            if TRANSPOSED:
+                right = w.load([expert * depth + done, block * BLOCK_N])
+            else:
+                right = tl.trans(w.load([expert * columns + block * BLOCK_N, done]))
+        else:
+            if not EVEN_DEPTH:
+                right = tl.load(w_at, mask=(k < depth - done)[:, None] & there, other=0.0)
+            else:
+                right = tl.load(w_at) if EVEN_COLUMNS else tl.load(w_at, mask=there, other=0.0)
+            w_at += BLOCK_K * columns if TRANSPOSED else BLOCK_K
         acc = _product(left, right, acc, PRECISION)
-        x_at += BLOCK_K
-        w_at += BLOCK_K * columns if TRANSPOSED else BLOCK_K
     to = y + start * columns + within[:, None] * columns + column[None, :]
     tl.store(to, narrow(acc, y.dtype.element_ty), mask=real[:, None] & there)
 
@@ -320,8 +335,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 @jit
 def _weights_kernel(  # type: ignore[no-untyped-def]
     grad, x, out, pair_R, counts_E, starts_E, outputs, inputs,
-    TOP_K: tl.constexpr, GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr, EVEN_A: tl.constexpr, EVEN_B: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     blocks_a, blocks_b = tl.cdiv(outputs, BLOCK_A), tl.cdiv(inputs, BLOCK_B)
@@ -331,20 +346,36 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     a = block_a * BLOCK_A + tl.arange(0, BLOCK_A)
     b = block_b * BLOCK_B + tl.arange(0, BLOCK_B)
     there_a, there_b = (a < outputs)[None, :], (b < inputs)[None, :]
-    acc = tl.zeros((BLOCK_A, BLOCK_B), dtype=tl.float32)
-    for done in range(0, count, BLOCK_R):
-        real = done + tl.arange(0, BLOCK_R) < count
-        row = start + done + tl.arange(0, BLOCK_R)
-        if GATHER_GRAD or GATHER_X:
-            token = (tl.load(pair_R + row, mask=real, other=0) // TOP_K).to(tl.int64)
-        grad_row = token if GATHER_GRAD else row
-        x_row = token if GATHER_X else row
-        left = tl.load(grad + grad_row[:, None] * outputs + a[None, :], mask=real[:, None] & there_a, other=0.0)
-        right = tl.load(x + x_row[:, None] * inputs + b[None, :], mask=real[:, None] & there_b, other=0.0)
-        acc = _product(tl.trans(left), right, acc, PRECISION)
+    row = start + tl.arange(0, BLOCK_R)
+    grad_at = grad + a[None, :] if GATHER_GRAD else grad + row[:, None] * outputs + a[None, :]
+    x_at = x + b[None, :] if GATHER_X else x + row[:, None] * inputs + b[None, :]
     to = out + (expert.to(tl.int64) * outputs + block_a * BLOCK_A) * inputs + block_b * BLOCK_B
     to += tl.arange(0, BLOCK_A)[:, None] * inputs + tl.arange(0, BLOCK_B)[None, :]
     inside = tl.trans(there_a) & there_b
-    if ADD:
-        acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK_A, BLOCK_B), dtype=tl.float32)
+    if ADD:  # at the start: at the end it would take as many registers again
+        acc = tl.load(to, mask=inside, other=0.0).to(tl.float32)
+    # Whole steps without masks, which would cost a quarter of the time; then the rest.
+    whole = count // BLOCK_R * BLOCK_R
+    for done in range(0, whole, BLOCK_R):
+        if GATHER_GRAD or GATHER_X:
+            token = (tl.load(pair_R + row + done) // TOP_K).to(tl.int64)[:, None]
+        left_at = grad_at + token * outputs if GATHER_GRAD else grad_at
+        right_at = x_at + token * inputs if GATHER_X else x_at
+        left = tl.load(left_at) if EVEN_A else tl.load(left_at, mask=there_a, other=0.0)
+        right = tl.load(right_at) if EVEN_B else tl.load(right_at, mask=there_b, other=0.0)
+        acc = _product(tl.trans(left), right, acc, PRECISION)
+        if not GATHER_GRAD:
+            grad_at += BLOCK_R * outputs
+        if not GATHER_X:
+            x_at += BLOCK_R * inputs
+    for done in tl.range(whole, count, BLOCK_R, num_stages=1):
+        real = done + tl.arange(0, BLOCK_R) < count
+        if GATHER_GRAD or GATHER_X:
+            token = (tl.load(pair_R + row + done, mask=real, other=0) // TOP_K).to(tl.int64)[:, None]
+        left_at = grad_at + token * outputs if GATHER_GRAD else grad_at
+        right_at = x_at + token * inputs if GATHER_X else x_at
+        left = tl.load(left_at, mask=real[:, None] & there_a, other=0.0)
+        right = tl.load(right_at, mask=real[:, None] & there_b, other=0.0)
+        acc = _product(tl.trans(left), right, acc, PRECISION)
     tl.store(to, narrow(acc, out.dtype.element_ty), mask=inside)

@@ -8,11 +8,14 @@ The gradient of the rows is the forward product with `fp8.transpose_blocks(w)`, 
 the weights sums along the rows, so both its operands are stored by columns (`fp8.quantize_columns`): rows contiguous,
 which is what FP8 tensor cores read.
 
-Rows of padding: in outputs undefined; by columns they hold zeros, up to the next multiple of 16.
+A program of one warp group makes 128×128 sums in two halves of 64 rows, so that sums (128 registers a thread) and
+partial sums (64) fit; two programs share a multiprocessor, and one scales while the tensor cores work for the other.
+
+Rows of padding: in outputs undefined; by columns they hold zeros.
 
 Limits of the kernels: E4M3 with float32 scales, contiguous; fast where all sides are multiples of 16. A tile has 128
-rows: an expert with few wastes the rest. A weight's gradient sums over all rows of its expert in one program. No copies
-by the hardware's tensor engine (TMA), no multicast: of large products the L2 cache sets the pace.
+rows: an expert with few wastes the rest. A weight's gradient sums over all rows of its expert in one program. No
+multicast: the L2 cache sets the pace (docs/log.md, 2026-11-27).
 
 Shapes: T tokens, R rows of the map, E experts, A outputs, B inputs, M tiles of rows, N rows of one expert.
 """
@@ -22,19 +25,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ling_flow.kernels._triton import ceil_div, dot, jit, narrow, tl
+from ling_flow.kernels._triton import ceil_div, described, dot, jit, narrow, tl
 from ling_flow.kernels.fp8 import Quantized, dequantize_rows, transpose_blocks
-from ling_flow.kernels.grouped_gemm import GROUP, Tiles, ordered
-from ling_flow.kernels.row_map import ALIGN, TILE, RowMap
+from ling_flow.kernels.grouped_gemm import GROUP, ordered
+from ling_flow.kernels.row_map import TILE, RowMap
 
-# The first is used, or where the columns are no multiple of 256 the second; the others are for a sweep on a GPU. Depth
-# is that of a tile of scales. Sums and partial sums of 128×128 take 64 and 64 registers of each of 256 threads. Of 256
-# columns, one half after the other is added up, by 512 threads with 64 and 32; a quarter less goes through L2.
-ROWS_TILES = (
-    Tiles(2 * TILE, TILE, 16, 4), Tiles(TILE, TILE, 8, 4), Tiles(2 * TILE, TILE, 16, 3), Tiles(TILE, TILE, 8, 3),
-    Tiles(TILE, TILE, 8, 5),
-)  # fmt: skip
-WEIGHTS_TILES = (Tiles(TILE, TILE, 8, 4), Tiles(TILE, TILE, 8, 3), Tiles(TILE, TILE, 8, 5))
+WARPS = 4
+ROWS_STAGES, WEIGHTS_STAGES = 3, 3  # of 32 KB: two programs' fit a multiprocessor
 
 
 # The definition, in torch
@@ -48,11 +45,11 @@ def _product(left_NB: Tensor, right_AB: Tensor) -> Tensor:
     return sum_NA
 
 
-def _wide_AN(x_AR: Quantized, rows: slice, tile: int) -> Tensor:
+def _wide_AN(x_AR: Quantized, count: int, tile: int) -> Tensor:
     """One expert's values; `tile` is its first."""
-    count = rows.stop - rows.start
     scales_MA = x_AR.scales[tile : tile + ceil_div(count, TILE)]
-    return x_AR.values[:, rows].float() * scales_MA.T.repeat_interleave(TILE, 1)[:, :count]
+    values_AN = x_AR.values[:, tile * TILE : tile * TILE + count]
+    return values_AN.float() * scales_MA.T.repeat_interleave(TILE, 1)[:, :count]
 
 
 def grouped_forward_fp8_reference(x: Quantized, w_EAB: Quantized, row_map: RowMap, gather: bool) -> Tensor:
@@ -79,9 +76,8 @@ def grouped_wgrad_fp8_reference(
         out = torch.zeros(shape, dtype=out_dtype, device=x_BR.values.device)
     elif not add:
         out.zero_()
-    tiles_E = row_map.tiles_E.tolist()
-    for expert, rows in row_map.filled():
-        out[expert] += _product(_wide_AN(grad_AR, rows, tiles_E[expert]), _wide_AN(x_BR, rows, tiles_E[expert]))
+    for expert, (count, tile) in enumerate(zip(row_map.counts_E.tolist(), row_map.tiles_E.tolist(), strict=True)):
+        out[expert] += _product(_wide_AN(grad_AR, count, tile), _wide_AN(x_BR, count, tile))
     return out
 
 
@@ -133,22 +129,17 @@ def grouped_wgrad_fp8(
 
 
 def grouped_forward_fp8_triton(
-    x: Quantized, w_EAB: Quantized, row_map: RowMap, gather: bool = False, tiles: Tiles | None = None
+    x: Quantized, w_EAB: Quantized, row_map: RowMap, gather: bool = False, stages: int = ROWS_STAGES
 ) -> Tensor:
     columns, depth = w_EAB.values.shape[1:]
-    tiles = tiles or ROWS_TILES[0 if columns % (2 * TILE) == 0 else 1]
-    assert tiles.depth == TILE, "one scale per block of weights"
-    halves = tiles.columns // TILE
-    assert columns % (2 * TILE) == 0 if halves == 2 else halves == 1
     y = torch.empty((row_map.rows, columns), dtype=torch.bfloat16, device=x.values.device)
     row_tiles = len(row_map.tile_rows_M)
     if row_tiles and columns:
-        grid = (row_tiles * ceil_div(columns, tiles.columns),)
-        _rows_kernel[grid](
+        _rows_kernel[(row_tiles * ceil_div(columns, TILE),)](
             x.values, x.scales, w_EAB.values, w_EAB.scales, y, row_map.pair_R, row_map.tile_expert_M,
             row_map.tile_start_M, row_map.tile_rows_M, row_tiles, columns, depth, x.values.shape[0],
             TOP_K=row_map.top_k, GATHER=gather, EVEN_COLUMNS=columns % TILE == 0, EVEN_DEPTH=depth % TILE == 0,
-            WIDE=halves == 2, GROUP=GROUP, TILE=TILE, num_warps=tiles.warps, num_stages=tiles.stages,
+            LARGE=x.values.numel() >= 2**31, GROUP=GROUP, TILE=TILE, STAGES=stages, num_warps=WARPS, num_stages=stages,
         )  # fmt: skip
     return y
 
@@ -160,20 +151,19 @@ def grouped_wgrad_fp8_triton(
     out_dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
     add: bool = False,
-    tiles: Tiles | None = None,
+    stages: int = WEIGHTS_STAGES,
 ) -> Tensor:
     experts, outputs, inputs = len(row_map.counts_E), grad_AR.values.shape[0], x_BR.values.shape[0]
     if out is None:
         out = torch.empty((experts, outputs, inputs), dtype=out_dtype, device=x_BR.values.device)
     assert out.is_contiguous(), "the gradient is written in place"
-    tiles = tiles or WEIGHTS_TILES[0]
-    assert tiles.columns == tiles.depth == TILE, "one scale per tile of rows"
+    if not grad_AR.values.shape[1]:  # no rows at all
+        return out if add else out.zero_()
     if out.numel():
-        grid = (experts * ceil_div(outputs, TILE) * ceil_div(inputs, TILE),)
-        _weights_kernel[grid](
-            grad_AR.values, grad_AR.scales, x_BR.values, x_BR.scales, out, row_map.counts_E, row_map.starts_E,
-            row_map.tiles_E, outputs, inputs, row_map.rows, ADD=add, GROUP=GROUP, TILE=TILE, ALIGN=ALIGN,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+        _weights_kernel[(experts * ceil_div(outputs, TILE) * ceil_div(inputs, TILE),)](
+            described(grad_AR.values, TILE // 2, TILE), grad_AR.scales, described(x_BR.values, TILE, TILE), x_BR.scales,
+            out, row_map.counts_E, row_map.tiles_E, outputs, inputs, ADD=add, GROUP=GROUP, TILE=TILE, STAGES=stages,
+            num_warps=WARPS, num_stages=stages,
         )  # fmt: skip
     return out
 
@@ -182,93 +172,95 @@ def grouped_wgrad_fp8_triton(
 def _rows_kernel(  # type: ignore[no-untyped-def]
     x, x_scales, w, w_scales, y, pair_R, tile_expert_M, tile_start_M, tile_rows_M, row_tiles, columns, depth, rows,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    WIDE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    LARGE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    BLOCKS: tl.constexpr = 2 if WIDE else 1  # of weights that a program reads at a step
-    tile, block = ordered(tl.program_id(0), row_tiles, tl.cdiv(columns, BLOCKS * TILE), GROUP)
-    block *= BLOCKS
+    HALF: tl.constexpr = TILE // 2
+    tile, block = ordered(tl.program_id(0), row_tiles, tl.cdiv(columns, TILE), GROUP)
     count = tl.load(tile_rows_M + tile)
     if count == 0:
         return
-    within = tl.arange(0, TILE)
-    real = within < count
-    start = tl.load(tile_start_M + tile).to(tl.int64)
-    # Where there is no row, the tile's first is read and its product not stored: a mask would cost more.
-    row = start + tl.where(real, within, 0)
-    source = (tl.load(pair_R + row) // TOP_K).to(tl.int64) if GATHER else row
-    column = block * TILE + within
-    expert = tl.load(tile_expert_M + tile).to(tl.int64)
+    start, expert = tl.load(tile_start_M + tile), tl.load(tile_expert_M + tile)
     steps = tl.cdiv(depth, TILE)
-    x_at = x + source[:, None] * depth + within[None, :]
-    w_at = w + (expert * columns + block * TILE) * depth + within[None, :] * depth + within[:, None]
-    x_scale_at = x_scales + source
-    w_scale_at = w_scales + (expert * tl.cdiv(columns, TILE) + block) * steps
-    there = (column < columns)[None, :]
-    acc = tl.zeros((TILE, TILE), dtype=tl.float32)
-    if WIDE:
-        acc_2 = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for step in range(0, steps):
-        inside = within < depth - step * TILE
-        if EVEN_DEPTH:
-            left = tl.load(x_at)
-            right = tl.load(w_at) if EVEN_COLUMNS else tl.load(w_at, mask=there, other=0.0)
+    k, within = tl.arange(0, TILE), tl.arange(0, HALF)
+    # Where there is no row, the tile's first is read and its product not stored: a mask would cost more.
+    row_1 = start + tl.where(within < count, within, 0)
+    row_2 = start + tl.where(within + HALF < count, within + HALF, 0)
+    source_1 = tl.load(pair_R + row_1) // TOP_K if GATHER else row_1
+    source_2 = tl.load(pair_R + row_2) // TOP_K if GATHER else row_2
+    scale_at_1, scale_at_2 = x_scales + source_1, x_scales + source_2
+    # Addresses are one for all threads and an offset, of 32 bits where that is enough: every register counts.
+    if LARGE:
+        source_1, source_2 = source_1.to(tl.int64), source_2.to(tl.int64)
+    x_offset_1, x_offset_2 = source_1[:, None] * depth + k[None, :], source_2[:, None] * depth + k[None, :]
+    w_row = expert * columns + block * TILE
+    w_at, w_offset = w + w_row.to(tl.int64) * depth, k[None, :] * depth + k[:, None]
+    w_scale_at = w_scales + (expert.to(tl.int64) * tl.cdiv(columns, TILE) + block) * steps
+    there = (block * TILE + k < columns)[None, :]
+    acc_1 = tl.zeros((HALF, TILE), dtype=tl.float32)
+    acc_2 = tl.zeros((HALF, TILE), dtype=tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        inside = k < depth - step * TILE
+        if not EVEN_DEPTH:
+            right = tl.load(w_at + w_offset, mask=inside[:, None] & there, other=0.0)
         else:
-            left = tl.load(x_at, mask=inside[None, :], other=0.0)
-            right = tl.load(w_at, mask=inside[:, None] & there, other=0.0)
-        x_scale = tl.load(x_scale_at)
-        scale = x_scale * tl.load(w_scale_at + step)
-        acc += dot(left, right, tl.zeros((TILE, TILE), dtype=tl.float32)) * scale[:, None]
-        if WIDE:
-            if EVEN_DEPTH:
-                right = tl.load(w_at + TILE * depth)
-            else:
-                right = tl.load(w_at + TILE * depth, mask=inside[:, None], other=0.0)
-            scale = x_scale * tl.load(w_scale_at + steps + step)
-            acc_2 += dot(left, right, tl.zeros((TILE, TILE), dtype=tl.float32)) * scale[:, None]
-        x_at += TILE
+            right = tl.load(w_at + w_offset) if EVEN_COLUMNS else tl.load(w_at + w_offset, mask=there, other=0.0)
+        if EVEN_DEPTH:
+            left_1, left_2 = tl.load(x + x_offset_1), tl.load(x + x_offset_2)
+        else:
+            left_1 = tl.load(x + x_offset_1, mask=inside[None, :], other=0.0)
+            left_2 = tl.load(x + x_offset_2, mask=inside[None, :], other=0.0)
+        w_scale = tl.load(w_scale_at + step)
+        part = dot(left_1, right, tl.zeros((HALF, TILE), dtype=tl.float32))
+        acc_1 += part * (tl.load(scale_at_1) * w_scale)[:, None]
+        part = dot(left_2, right, tl.zeros((HALF, TILE), dtype=tl.float32))
+        acc_2 += part * (tl.load(scale_at_2) * w_scale)[:, None]
+        x += TILE
         w_at += TILE
-        x_scale_at += rows
-    to = y + start * columns + within[:, None] * columns + column[None, :]
-    tl.store(to, narrow(acc, y.dtype.element_ty), mask=real[:, None] & there)
-    if WIDE:
-        tl.store(to + TILE, narrow(acc_2, y.dtype.element_ty), mask=real[:, None])
+        scale_at_1 += rows
+        scale_at_2 += rows
+    to = y + start.to(tl.int64) * columns + block * TILE + within[:, None] * columns + k[None, :]
+    tl.store(to, narrow(acc_1, y.dtype.element_ty), mask=(within < count)[:, None] & there)
+    tl.store(to + HALF * columns, narrow(acc_2, y.dtype.element_ty), mask=(within + HALF < count)[:, None] & there)
 
 
 @jit
 def _weights_kernel(  # type: ignore[no-untyped-def]
-    grad, grad_scales, x, x_scales, out, counts_E, starts_E, tiles_E, outputs, inputs, rows,
-    ADD: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+    grad, grad_scales, x, x_scales, out, counts_E, tiles_E, outputs, inputs,
+    ADD: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    HALF: tl.constexpr = TILE // 2
     blocks_a, blocks_b = tl.cdiv(outputs, TILE), tl.cdiv(inputs, TILE)
     expert = tl.program_id(0) // (blocks_a * blocks_b)
     block_a, block_b = ordered(tl.program_id(0) % (blocks_a * blocks_b), blocks_a, blocks_b, GROUP)
-    count, first = tl.load(counts_E + expert), tl.load(tiles_E + expert).to(tl.int64)
-    # Told as multiples of 16, so that the mask leaves 16-byte reads whole: what is past the count up to there is zero.
-    start = tl.multiple_of(tl.load(starts_E + expert), ALIGN)
-    limit = tl.multiple_of((count + ALIGN - 1) // ALIGN * ALIGN, ALIGN)
-    within = tl.arange(0, TILE)
-    a, b = block_a * TILE + within, block_b * TILE + within
-    there_a, there_b = a < outputs, b < inputs
-    # A row that is not there reads the first: its products are not stored.
-    grad_at = grad + tl.where(there_a, a, 0).to(tl.int64)[:, None] * rows + start + within[None, :]
-    x_at = x + tl.where(there_b, b, 0).to(tl.int64)[None, :] * rows + start + within[:, None]
-    grad_scale_at, x_scale_at = grad_scales + first * outputs + a, x_scales + first * inputs + b
-    acc = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for done in range(0, count, TILE):
-        real = within < limit - done
-        left = tl.load(grad_at, mask=real[None, :], other=0.0)
-        right = tl.load(x_at, mask=real[:, None], other=0.0)
-        grad_scale = tl.load(grad_scale_at, mask=there_a, other=0.0)
-        x_scale = tl.load(x_scale_at, mask=there_b, other=0.0)
-        part = dot(left, right, tl.zeros((TILE, TILE), dtype=tl.float32))
-        acc += part * grad_scale[:, None] * x_scale[None, :]
-        grad_at += TILE
-        x_at += TILE
-        grad_scale_at += outputs
-        x_scale_at += inputs
+    count, tile = tl.load(counts_E + expert), tl.load(tiles_E + expert)
+    k, within = tl.arange(0, TILE), tl.arange(0, HALF)
+    a_1, b = block_a * TILE + within, block_b * TILE + k
+    a_2 = a_1 + HALF
     to = out + (expert.to(tl.int64) * outputs + block_a * TILE) * inputs + block_b * TILE
-    to += within[:, None] * inputs + within[None, :]
-    inside = there_a[:, None] & there_b[None, :]
+    to += within[:, None] * inputs + k[None, :]
+    inside_1 = (a_1 < outputs)[:, None] & (b < inputs)[None, :]
+    inside_2 = (a_2 < outputs)[:, None] & (b < inputs)[None, :]
+    acc_1 = tl.zeros((HALF, TILE), dtype=tl.float32)
+    acc_2 = tl.zeros((HALF, TILE), dtype=tl.float32)
+    # Sides that are no multiple of 128 read scales of their neighbours, or the last ones: their sums are not stored.
+    grad_scale_at_1 = grad_scales + tile.to(tl.int64) * outputs + tl.minimum(a_1, outputs - 1)
+    grad_scale_at_2 = grad_scales + tile.to(tl.int64) * outputs + tl.minimum(a_2, outputs - 1)
+    x_scale_at = x_scales + tile.to(tl.int64) * inputs + tl.minimum(b, inputs - 1)
+    for done in tl.range(0, count, TILE, num_stages=STAGES):
+        row = tile * TILE + done
+        right = tl.trans(x.load([block_b * TILE, row]))
+        x_scale = tl.load(x_scale_at)[None, :]
+        part = dot(grad.load([block_a * TILE, row]), right, tl.zeros((HALF, TILE), dtype=tl.float32))
+        acc_1 += part * tl.load(grad_scale_at_1)[:, None] * x_scale
+        part = dot(grad.load([block_a * TILE + HALF, row]), right, tl.zeros((HALF, TILE), dtype=tl.float32))
+        acc_2 += part * tl.load(grad_scale_at_2)[:, None] * x_scale
+        grad_scale_at_1 += outputs
+        grad_scale_at_2 += outputs
+        x_scale_at += inputs
     if ADD:
-        acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)
-    tl.store(to, narrow(acc, out.dtype.element_ty), mask=inside)
+        acc_1 += tl.load(to, mask=inside_1, other=0.0).to(tl.float32)
+    tl.store(to, narrow(acc_1, out.dtype.element_ty), mask=inside_1)
+    to += HALF * inputs
+    if ADD:
+        acc_2 += tl.load(to, mask=inside_2, other=0.0).to(tl.float32)
+    tl.store(to, narrow(acc_2, out.dtype.element_ty), mask=inside_2)

@@ -2,7 +2,9 @@
 
 On a CPU a chunk's logits are widened to float32. On CUDA they stay in the type of the product (bfloat16), every sum
 over them is float32, and a kernel turns them in place into their gradient: read twice, written once. It works on one
-row per multiprocessor at a time, so that the second reading finds the row in the level-2 cache.
+row per multiprocessor at a time and keeps a third of the row in registers, so that the second reading finds the rest
+in the level-2 cache. Each lane has its own running maximum and sum, one step per 16 bytes: the threads wait for
+each other once a row, and one exponential in nine is spent on rescaling.
 
 Limits of the kernel: logits of float32, bfloat16 or float16, contiguous; finite (a row with NaN or +inf gives NaN);
 targets in the vocabulary; a row of fewer than 2^31 elements.
@@ -21,7 +23,13 @@ from torch import Tensor
 from ling_flow.kernels._triton import jit, narrow, next_power_of_2, tl
 
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}  # logits at a time; on a CPU they should stay in the cache
-BLOCK_V, WARPS = 16384, 32  # of the kernel: 1024 threads of 64 registers fill a multiprocessor, so it holds one row
+VECTOR = 16  # bytes that a thread reads at a time
+# Of the kernel: (elements of a row at a time, warps, loads on the way), the first of which is taken; with the gradient
+# also blocks that are kept in registers between the two readings.
+STATISTICS_TILES = ((2048, 4, 1), (4096, 4, 3))
+GRADIENT_TILES = ((16384, 32, 1, 2), (8192, 16, 4, 6))
+LOWEST = tl.constexpr(-(2.0**127))  # where a maximum begins: no logit is below
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def linear_cross_entropy(
@@ -193,13 +201,14 @@ def cross_entropy_triton_(
     """(log-probabilities, logsumexp), float32; with `gradient` the logits become the gradient."""
     logprobs_C = torch.empty(len(targets_C), dtype=torch.float32, device=logits_CV.device)
     lse_C = torch.empty_like(logprobs_C)
-    _launch(logits_CV, targets_C, logprobs_C, lse_C, None, z, True, gradient)
+    tile = GRADIENT_TILES[0] if gradient else (*STATISTICS_TILES[0], 0)
+    _launch(logits_CV, targets_C, logprobs_C, lse_C, None, z, tile, True, gradient)
     return logprobs_C, lse_C
 
 
 def cross_entropy_gradient_triton_(logits_CV: Tensor, targets_C: Tensor, lse_C: Tensor, scale_C: Tensor) -> None:
     """The logits become the gradient, from the logsumexp that was kept."""
-    _launch(logits_CV, targets_C, lse_C, lse_C, scale_C, 0.0, False, True)
+    _launch(logits_CV, targets_C, lse_C, lse_C, scale_C, 0.0, (*STATISTICS_TILES[0], 0), False, True)
 
 
 def _launch(
@@ -209,6 +218,7 @@ def _launch(
     lse_C: Tensor,
     scale_C: Tensor | None,
     z: float,
+    tile: tuple[int, int, int, int],
     statistics: bool,
     gradient: bool,
 ) -> None:
@@ -216,47 +226,89 @@ def _launch(
     if not logits_CV.is_contiguous():
         raise ValueError("the logits must be contiguous")
     if rows:
-        block = min(BLOCK_V, next_power_of_2(columns))
+        most, warps, stages, kept = tile
+        vector = VECTOR // logits_CV.element_size()
+        block = max(min(most, next_power_of_2(columns)), vector)
+        in_pairs = logits_CV.dtype == torch.bfloat16 and columns % 2 == 0  # what is kept is read as 32-bit integers
         _cross_entropy_kernel[(rows,)](
             logits_CV, targets_C.contiguous(), logprobs_C, lse_C.contiguous(),
             lse_C if scale_C is None else scale_C.contiguous(), columns, float(z),
-            STATISTICS=statistics, GRADIENT=gradient, SCALE=scale_C is not None, BLOCK=block,
-            num_warps=max(4, block * WARPS // BLOCK_V),
+            STATISTICS=statistics, GRADIENT=gradient, SCALE=scale_C is not None, BLOCK=block, VECTOR=vector,
+            KEPT=min(kept, columns // block) if in_pairs else 0, STAGES=stages,
+            num_warps=max(warps * block // most, 1),
         )  # fmt: skip
+
+
+@jit
+def _exp(x):  # type: ignore[no-untyped-def]
+    """Of tl.exp, what costs one multiplication and not three and a comparison: below 2^-126 it is zero."""
+    return tl.exp2(x * LOG2_E)
+
+
+@jit
+def _unpacked(pairs, BLOCK: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two bfloat16 of each integer, as float32. A register holds two only if the compiler is given no choice."""
+    even = (pairs << 16).to(tl.float32, bitcast=True)
+    odd = (pairs & -0x10000).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(even, odd), (BLOCK // VECTOR, VECTOR))
+
+
+@jit
+def _and(largest, sums, x):  # type: ignore[no-untyped-def]
+    """Each lane's largest and sum of exponentials, with one more vector."""
+    larger = tl.maximum(largest, tl.max(x, 1))
+    return larger, sums * _exp(largest - larger) + tl.sum(_exp(x - larger[:, None]), 1)
 
 
 @jit
 def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     logits, targets, logprobs, lse, scale, columns, z,
-    STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    KEPT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
-    within = tl.arange(0, BLOCK)
     target = tl.load(targets + row)
+    chosen = tl.load(logits + target).to(tl.float32)
+    # The row is some blocks that are kept, whole blocks, and a part of one. A lane has a vector of each.
+    lane = tl.arange(0, BLOCK // VECTOR)[:, None]
+    within = lane * VECTOR + tl.arange(0, VECTOR)[None, :]
+    end = columns // BLOCK * BLOCK
+    inside = end + within < columns
+    kept = ()
     if STATISTICS:
-        chosen = tl.load(logits + target).to(tl.float32)
-        largest = tl.full((), float("-inf"), tl.float32)
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, columns, BLOCK):
-            inside = start + within < columns
-            x = tl.load(logits + start + within, mask=inside, other=0.0).to(tl.float32)
-            x = tl.where(inside, x, float("-inf"))
-            larger = tl.maximum(largest, tl.max(x, 0))
-            sums = sums * tl.exp(largest - larger) + tl.exp(x - larger)
-            largest = larger
-        normaliser = largest + tl.log(tl.sum(sums, 0))
+        largest = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
+        sums = tl.zeros((BLOCK // VECTOR,), tl.float32)
+        if KEPT:
+            pairs = logits.to(tl.pointer_type(tl.int32)) + lane * (VECTOR // 2) + tl.arange(0, VECTOR // 2)[None, :]
+            for block in tl.static_range(KEPT):
+                kept += (tl.load(pairs + block * (BLOCK // 2), eviction_policy="evict_first"),)  # type: ignore[assignment]
+                largest, sums = _and(largest, sums, _unpacked(kept[block], BLOCK, VECTOR))
+        for start in tl.range(KEPT * BLOCK, end, BLOCK, num_stages=STAGES):
+            largest, sums = _and(largest, sums, tl.load(logits + start + within).to(tl.float32))
+        x = tl.load(logits + end + within, mask=inside, other=0.0).to(tl.float32)
+        largest, sums = _and(largest, sums, tl.where(inside, x, float("-inf")))
+        peak = tl.max(largest, 0)
+        normaliser = peak + tl.log(tl.sum(sums * _exp(largest - peak), 0))
         tl.store(logprobs + row, chosen - normaliser)
         tl.store(lse + row, normaliser)
     else:
         normaliser = tl.load(lse + row)
+        tl.debug_barrier()  # all have read the target's logit, which one is about to overwrite
     if GRADIENT:
-        factor = 1.0 + 2.0 * z * normaliser
-        for start in range(0, columns, BLOCK):
-            column = start + within
-            inside = column < columns
-            x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
-            grad = tl.exp(x - normaliser) * factor - tl.where(column == target, 1.0, 0.0)
-            if SCALE:
-                grad *= tl.load(scale + row)
-            tl.store(logits + column, narrow(grad, logits.dtype.element_ty), mask=inside)
+        upstream = tl.load(scale + row) if SCALE else 1.0
+        factor = (1.0 + 2.0 * z * normaliser) * upstream
+        for start in tl.range(KEPT * BLOCK, end, BLOCK, num_stages=STAGES):
+            x = tl.load(logits + start + within, eviction_policy="evict_first").to(tl.float32)
+            grad = narrow(_exp(x - normaliser) * factor, logits.dtype.element_ty)
+            tl.store(logits + start + within, grad, eviction_policy="evict_first")
+        x = tl.load(logits + end + within, mask=inside, other=0.0).to(tl.float32)
+        tl.store(logits + end + within, narrow(_exp(x - normaliser) * factor, logits.dtype.element_ty), mask=inside)
+        # Zero, which the compiler cannot know: it would carry what it unpacked above, in twice as many registers.
+        zero = tl.program_id(1)
+        for block in tl.static_range(KEPT):
+            x = _unpacked(kept[block] ^ zero, BLOCK, VECTOR)
+            grad = narrow(_exp(x - normaliser) * factor, logits.dtype.element_ty)
+            tl.store(logits + block * BLOCK + within, grad, eviction_policy="evict_first")
+        tl.debug_barrier()  # another thread has just written the target's element
+        tl.store(logits + target, narrow(_exp(chosen - normaliser) * factor - upstream, logits.dtype.element_ty))

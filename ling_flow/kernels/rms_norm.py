@@ -1,7 +1,7 @@
 """RMSNorm: mean square and scaling in float32, cast back, then the weight (Ling 2.0 remote code).
 
 On CUDA a row stays in registers. The weight's gradient is summed without atomics: each program adds up a fixed span of
-rows in order, then torch adds the spans.
+rows in order, then a second kernel adds the spans.
 
 Limits of the kernels: float32, bfloat16 or float16 (float64 is left to torch); rows of at most 16,384 (wider ones are
 left to torch; above 8,192 the backward kernel spills some 50 bytes a thread).
@@ -22,10 +22,11 @@ from ling_flow.kernels.fp8 import STORED, Quantized, magnitude, scale_and_invers
 from ling_flow.kernels.row_map import TILE
 
 WIDEST = 16384  # rows that the kernels take
-SPANS = 792  # of rows in the backward pass, at most: 6 programs of 4 warps on each of 132 multiprocessors
 # (elements of a program at least, of a thread), the first of which is taken.
-FORWARD_TILES = ((2048, 16), (4096, 16), (4096, 32), (1024, 8))
-BACKWARD_TILES = ((2048, 16), (2048, 8), (4096, 16), (1024, 8))
+FORWARD_TILES = ((2048, 16), (4096, 16), (8192, 32))
+FP8_TILES = ((8192, 32), (2048, 16))  # of what writes FP8 alone: more rows a program, or scales are written one by one
+# The same, tiles on the way, spans of rows at most.
+BACKWARD_TILES = ((2048, 16, 3, 396), (2048, 16, 3, 528), (4096, 16, 3, 264))
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -100,13 +101,21 @@ class _RMSNormQuantize(_RMSNorm):
 
 
 def rms_norm_triton(
-    x_ND: Tensor, weight_D: Tensor, eps: float, quantize: bool, tile: tuple[int, int] = FORWARD_TILES[0]
+    x_ND: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    quantize: bool,
+    tile: tuple[int, int] | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Quantized | None]:
-    """The normalised rows, 1 / root mean square of each (N,), and the rows in FP8."""
+    """The normalised rows, 1 / root mean square of each (N,), and the rows in FP8.
+
+    Without `keep` only FP8 is written, for linear layers that read nothing else: the rows are then empty.
+    """
     width = x_ND.shape[-1]
     x_ND, weight_D = x_ND.contiguous(), weight_D.contiguous()
     rows = x_ND.numel() // max(width, 1)
-    y_ND, device = torch.empty_like(x_ND), x_ND.device
+    y_ND, device = torch.empty_like(x_ND) if keep else x_ND.new_empty(0), x_ND.device
     rstd_N = torch.empty(rows, dtype=torch.float32, device=device)
     quantized = None
     if quantize:
@@ -115,17 +124,22 @@ def rms_norm_triton(
             torch.empty((ceil_div(width, TILE), rows), dtype=torch.float32, device=device),
         )
     if x_ND.numel():
+        tile = tile or (FORWARD_TILES if keep else FP8_TILES)[0]
         block_n, block_d, warps = _block(tile, width, TILE if quantize else 16)
         values, scales = quantized or (y_ND, rstd_N)  # not touched without `quantize`
         _forward_kernel[(ceil_div(rows, block_n),)](
-            x_ND, weight_D, y_ND, rstd_N, values, scales, rows, width, eps, QUANTIZE=quantize, BLOCK_N=block_n,
-            BLOCK_D=block_d, TILE=TILE, num_warps=warps,
+            x_ND, weight_D, y_ND, rstd_N, values, scales, rows, width, eps, KEEP=keep, QUANTIZE=quantize,
+            BLOCK_N=block_n, BLOCK_D=block_d, TILE=TILE, num_warps=warps,
         )  # fmt: skip
     return y_ND, rstd_N, quantized
 
 
 def rms_norm_backward_triton(
-    grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, tile: tuple[int, int] = BACKWARD_TILES[0]
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    weight_D: Tensor,
+    rstd_N: Tensor,
+    tile: tuple[int, int, int, int] = BACKWARD_TILES[0],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight."""
     width, rows = x_ND.shape[-1], len(rstd_N)
@@ -133,15 +147,29 @@ def rms_norm_backward_triton(
     grad_x_ND = torch.empty_like(x_ND)
     if not x_ND.numel():
         return grad_x_ND, torch.zeros_like(weight_D)
-    block_n, block_d, warps = _block(tile, width, 16)
-    span = ceil_div(ceil_div(rows, block_n), SPANS) * block_n
+    _, _, stages, most = tile
+    block_n, block_d, warps = _block(tile[:2], width, 16)
+    span = ceil_div(ceil_div(rows, block_n), most) * block_n
     spans = ceil_div(rows, span)
     partial_SD = torch.empty((spans, width), dtype=torch.float32, device=x_ND.device)
     _backward_kernel[(spans,)](
-        grad_ND, x_ND, weight_D, rstd_N, grad_x_ND, partial_SD, rows, width, span, BLOCK_N=block_n, BLOCK_D=block_d,
-        num_warps=warps,
+        grad_ND, x_ND, weight_D, rstd_N, grad_x_ND, partial_SD, rows, width, span,
+        STAGES=stages if width <= 8192 else 1, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
-    return grad_x_ND, partial_SD.sum(0).to(weight_D.dtype)
+    return grad_x_ND, sum_rows(partial_SD, spans, weight_D.dtype)[0]
+
+
+def sum_rows(x_ND: Tensor, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Σ of the first so many rows and Σ of the rest (undefined where there is none), rounded once, at the end.
+
+    For partial sums of programs, in one launch: torch's sums and casts would each cost another.
+    """
+    rows, width = x_ND.shape
+    sums_2D = torch.empty((2, width), dtype=dtype, device=x_ND.device)
+    _sum_rows_kernel[(ceil_div(width, 16), 2 if first < rows else 1)](
+        x_ND, sums_2D, first, rows, width, BLOCK_N=256, BLOCK_D=16, num_warps=8
+    )
+    return sums_2D[0], sums_2D[1]
 
 
 def _block(tile: tuple[int, int], width: int, least: int) -> tuple[int, int, int]:
@@ -155,7 +183,7 @@ def _block(tile: tuple[int, int], width: int, least: int) -> tuple[int, int, int
 @jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
     x, weight, y, rstds, values, scales, rows, width, eps,
-    QUANTIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    KEEP: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
@@ -167,7 +195,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(rstds + row, rstd, mask=row < rows)
     normal = narrow(wide * rstd[:, None], y.dtype.element_ty).to(tl.float32)
     found = narrow(normal * scaling[None, :], y.dtype.element_ty)
-    tl.store(y + at, found, mask=inside)
+    if KEEP:
+        tl.store(y + at, found, mask=inside)
     if QUANTIZE:
         wide = tl.reshape(found.to(tl.float32), (BLOCK_N, BLOCK_D // TILE, TILE))
         scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 2))
@@ -180,14 +209,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    grad, x, weight, rstds, grad_x, partial_SD, rows, width, span, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    grad, x, weight, rstds, grad_x, partial_SD, rows, width, span,
+    STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * span
     column = tl.arange(0, BLOCK_D)
     there = column < width
     scaling = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(first, min(first + span, rows), BLOCK_N):
+    for start in tl.range(first, min(first + span, rows), BLOCK_N, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_N)
         inside = (row < rows)[:, None] & there[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
@@ -199,3 +229,19 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         mean = tl.sum(slope * normal, 1)[:, None] / width
         tl.store(grad_x + at, narrow((slope - normal * mean) * rstd, grad_x.dtype.element_ty), mask=inside)
     tl.store(partial_SD + tl.program_id(0).to(tl.int64) * width + column, tl.sum(total, 0), mask=there)
+
+
+@jit
+def _sum_rows_kernel(  # type: ignore[no-untyped-def]
+    x, sums, first, rows, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    part = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    there = column < width
+    end = tl.where(part == 0, first, rows)
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(part * first, end, BLOCK_N):
+        row = start + tl.arange(0, BLOCK_N)
+        inside = (row < end)[:, None] & there[None, :]
+        total += tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=inside, other=0.0)
+    tl.store(sums + part * width + column, narrow(tl.sum(total, 0), sums.dtype.element_ty), mask=there)

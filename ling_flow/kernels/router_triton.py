@@ -153,7 +153,7 @@ def _split_kernel(x, out, elements, PARTS: tl.constexpr, BLOCK: tl.constexpr):  
     rest = tl.load(x + at, mask=at < elements, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
         piece = narrow(rest, out.dtype.element_ty)
-        tl.store(out + part * elements.to(tl.int64) + at, piece, mask=at < elements)
+        tl.store(out + tl.full((), part, tl.int64) * elements + at, piece, mask=at < elements)
         rest -= piece.to(tl.float32)
 
 
@@ -339,5 +339,5 @@ def _choose_gradient_kernel(  # type: ignore[no-untyped-def]
             grad += tl.where(column[None, :] == expert[:, None], tl.sum(tl.where(here, change, 0.0), 1)[:, None], 0.0)
     for part in tl.static_range(PARTS):
         piece = narrow(grad, out.dtype.element_ty)
-        tl.store(out + part * tokens.to(tl.int64) * EXPERTS + at, piece, mask=inside)
+        tl.store(out + tl.full((), part, tl.int64) * tokens * EXPERTS + at, piece, mask=inside)
         grad -= piece.to(tl.float32)

@@ -3,9 +3,9 @@
 The rows of an expert are contiguous and begin at a multiple of 16, so that a transposed FP8 operand can be read 16
 bytes at a time (Ling 2.0 §5.2 pads the routing map to 16 for the same reason). A row of padding belongs to no token.
 
-On CUDA it is a counting sort without a sort: blocks of tokens count their pairs per expert, the counts are added up
-over the blocks, and each pair's place is its expert's start + those of earlier blocks + those of earlier tokens of its
-own. Deterministic, and the host waits for nothing.
+On CUDA it is a counting sort without a sort: blocks of tokens count their pairs per expert, then each pair's place is
+its expert's start + those of earlier blocks + those of earlier tokens of its own. Two kernels, deterministic, and the
+host waits for nothing.
 
 Limits of the kernels: at most 2^31 pairs; they compare every pair with every expert, which is nothing beside the
 experts' products up to about 1,000 experts. A token's experts must be distinct, and `counts_E` theirs.
@@ -26,7 +26,8 @@ from ling_flow.kernels._triton import ceil_div, jit, next_power_of_2, tl
 
 ALIGN = 16  # rows of an expert begin at a multiple of this
 TILE = 128  # rows of a tile: of the matrix products, and of FP8 scales along the rows
-MASK = 8192  # (token, expert) pairs that a program of the map's kernels holds at a time: 32 a thread
+MASK = 8192  # (token, expert) pairs that a program of the map's kernels holds at a time: 16 a thread
+BLOCKS = 128  # of tokens, at most: each adds up what those before it counted
 
 
 @dataclass(frozen=True)
@@ -138,62 +139,87 @@ def row_map(indices_TK: Tensor, counts_E: Tensor) -> RowMap:
 
 def row_map_triton(indices_TK: Tensor, counts_E: Tensor) -> RowMap:
     (tokens, top_k), experts, device = indices_TK.shape, len(counts_E), indices_TK.device
-    indices_TK, counts_E = indices_TK.contiguous(), counts_E.to(torch.int32)
+    indices_TK, counts_E = indices_TK.contiguous(), counts_E.contiguous()
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    tiles = tiles_bound(indices_TK.numel(), experts)
+    rows, tiles = rows_bound(tokens * top_k, experts), tiles_bound(tokens * top_k, experts)
     found = RowMap(
-        counts_E=counts_E,
+        counts_E=ints(experts),
         starts_E=ints(experts),
         tiles_E=ints(experts),
         place_TK=ints(tokens, top_k),
-        pair_R=torch.full((rows_bound(tokens * top_k, experts),), -1, dtype=torch.int32, device=device),
+        pair_R=ints(rows),
         tile_expert_M=ints(tiles),
         tile_start_M=ints(tiles),
         tile_rows_M=ints(tiles),
     )
     width = next_power_of_2(max(experts, 16))
     step = max(MASK // width, 1)
-    _layout_kernel[(max(ceil_div(tiles, step), 1),)](
-        counts_E, found.starts_E, found.tiles_E, found.tile_expert_M, found.tile_start_M, found.tile_rows_M,
-        experts, tiles, E=width, BLOCK=step, ALIGN=ALIGN, TILE=TILE, num_warps=8,
+    steps = max(ceil_div(tokens, step * BLOCKS), 1)
+    blocks = ceil_div(tokens, step * steps)
+    counts_BE = ints(blocks, experts)
+    layout = max(ceil_div(tiles, step), 1)
+    _count_kernel[(blocks + layout + ceil_div(rows, MASK),)](
+        indices_TK, counts_BE, counts_E, found.counts_E, found.starts_E, found.tiles_E, found.tile_expert_M,
+        found.tile_start_M, found.tile_rows_M, found.pair_R, tokens, experts, tiles, rows, blocks, layout, steps,
+        K=top_k, E=width, BLOCK=step, ALIGN=ALIGN, TILE=TILE, MASK=MASK, num_warps=16,
     )  # fmt: skip
     if tokens:
-        blocks = ceil_div(tokens, step)
-        counts_BE = ints(blocks + 1, experts)
-        counts_BE[0] = 0
-        _count_kernel[(blocks,)](
-            indices_TK, counts_BE, tokens, experts, K=top_k, E=width, BLOCK=step, num_warps=8
-        )  # fmt: skip
-        earlier_BE = counts_BE.cumsum(0, dtype=torch.int32)
         _place_kernel[(blocks,)](
-            indices_TK, earlier_BE, found.starts_E, found.place_TK, found.pair_R, tokens, experts,
-            K=top_k, E=width, BLOCK=step, num_warps=8,
+            indices_TK, counts_BE, found.starts_E, found.place_TK, found.pair_R, tokens, experts, steps,
+            K=top_k, E=width, BLOCK=step, num_warps=16,
         )  # fmt: skip
     return found
 
 
 @jit
-def _layout_kernel(  # type: ignore[no-untyped-def]
-    counts_E, starts_E, tiles_E, tile_expert_M, tile_start_M, tile_rows_M, experts, tiles,
+def _count_kernel(  # type: ignore[no-untyped-def]
+    indices, counts_BE, given_E, counts_E, starts_E, tiles_E, tile_expert_M, tile_start_M, tile_rows_M, pair_R,
+    tokens, experts, tiles, rows, blocks, layout, steps,
+    K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    # The first programs count; others, meanwhile, lay out the experts, and fill pair_R with -1.
+    block = tl.program_id(0)
+    if block < blocks:
+        e = tl.arange(0, E)
+        count = tl.zeros((E,), tl.int32)
+        for step in range(steps):
+            token = (block * steps + step) * BLOCK + tl.arange(0, BLOCK)
+            count += tl.sum(_chosen(indices, token, tokens, K, E, BLOCK), 0)
+        tl.store(counts_BE + block * experts + e, count, mask=e < experts)
+    elif block < blocks + layout:
+        _layout(
+            given_E, counts_E, starts_E, tiles_E, tile_expert_M, tile_start_M, tile_rows_M, block - blocks, experts,
+            tiles, E, BLOCK, ALIGN, TILE,
+        )  # fmt: skip
+    else:
+        row = (block - blocks - layout) * MASK + tl.arange(0, MASK)
+        tl.store(pair_R + row, tl.full((MASK,), -1, tl.int32), mask=row < rows)
+
+
+@jit
+def _layout(  # type: ignore[no-untyped-def]
+    given_E, counts_E, starts_E, tiles_E, tile_expert_M, tile_start_M, tile_rows_M, block, experts, tiles,
     E: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Starts and tiles of the experts, and `BLOCK` of the tiles."""
     e = tl.arange(0, E)
-    count = tl.load(counts_E + e, mask=e < experts, other=0)
+    count = tl.load(given_E + e, mask=e < experts, other=0).to(tl.int32)
     padded, of_expert = (count + ALIGN - 1) // ALIGN * ALIGN, (count + TILE - 1) // TILE
     ends = tl.cumsum(of_expert, 0)
-    if tl.program_id(0) == 0:
+    if block == 0:
+        tl.store(counts_E + e, count, mask=e < experts)
         tl.store(starts_E + e, tl.cumsum(padded, 0) - padded, mask=e < experts)
         tl.store(tiles_E + e, ends - of_expert, mask=e < experts)
-    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile = block * BLOCK + tl.arange(0, BLOCK)
     before = (ends[None, :] <= tile[:, None]) & (e < experts)[None, :]  # experts whose tiles are all before this one
     expert = tl.sum(before.to(tl.int32), 1)
     used = expert < experts
     rows_before = (tile - tl.sum(tl.where(before, of_expert[None, :], 0), 1)) * TILE
     start = tl.sum(tl.where(before, padded[None, :], 0), 1) + rows_before
-    left = tl.load(counts_E + expert, mask=used, other=0) - rows_before
+    left = tl.load(given_E + expert, mask=used, other=0).to(tl.int32) - rows_before
     tl.store(tile_expert_M + tile, tl.where(used, expert, -1), mask=tile < tiles)
     tl.store(tile_start_M + tile, tl.where(used, start, 0), mask=tile < tiles)
     tl.store(tile_rows_M + tile, tl.where(used, tl.minimum(left, TILE), 0), mask=tile < tiles)
@@ -210,28 +236,23 @@ def _chosen(indices, token, tokens, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.
 
 
 @jit
-def _count_kernel(  # type: ignore[no-untyped-def]
-    indices, counts_BE, tokens, experts, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    e = tl.arange(0, E)
-    count = tl.sum(_chosen(indices, token, tokens, K, E, BLOCK), 0)
-    tl.store(counts_BE + (tl.program_id(0) + 1).to(tl.int64) * experts + e, count, mask=e < experts)
-
-
-@jit
 def _place_kernel(  # type: ignore[no-untyped-def]
-    indices, earlier_BE, starts_E, place, pair_R, tokens, experts,
+    indices, counts_BE, starts_E, place, pair_R, tokens, experts, steps,
     K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    e = tl.arange(0, E)
-    earlier = tl.load(earlier_BE + tl.program_id(0).to(tl.int64) * experts + e, mask=e < experts, other=0)
-    first = tl.load(starts_E + e, mask=e < experts, other=0) + earlier
-    chosen = _chosen(indices, token, tokens, K, E, BLOCK)
-    row = first[None, :] + tl.cumsum(chosen, 0) - chosen
-    for k in tl.static_range(K):
-        index = tl.load(indices + token * K + k, mask=token < tokens, other=-1).to(tl.int32)
-        at = tl.sum(tl.where(index[:, None] == e[None, :], row, 0), 1)
-        tl.store(place + token * K + k, at, mask=token < tokens)
-        tl.store(pair_R + at, token * K + k, mask=token < tokens)
+    block, e = tl.program_id(0), tl.arange(0, E)
+    first = tl.load(starts_E + e, mask=e < experts, other=0)
+    for start in range(0, block, 16):
+        earlier = start + tl.arange(0, 16)
+        inside = (earlier < block)[:, None] & (e < experts)[None, :]
+        first += tl.sum(tl.load(counts_BE + earlier[:, None] * experts + e[None, :], mask=inside, other=0), 0)
+    for step in range(steps):
+        token = (block * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        chosen = _chosen(indices, token, tokens, K, E, BLOCK)
+        row = first[None, :] + tl.cumsum(chosen, 0) - chosen
+        for k in tl.static_range(K):
+            index = tl.load(indices + token * K + k, mask=token < tokens, other=-1).to(tl.int32)
+            at = tl.sum(tl.where(index[:, None] == e[None, :], row, 0), 1)
+            tl.store(place + token * K + k, at, mask=token < tokens)
+            tl.store(pair_R + at, token * K + k, mask=token < tokens)
+        first += tl.sum(chosen, 0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ling_flow.kernels._triton import ceil_div, jit, narrow, next_power_of_2, tl
+from ling_flow.kernels._triton import INTERPRETED, ceil_div, jit, narrow, next_power_of_2, tl
 from ling_flow.kernels.row_map import RowMap
 
 # Elements of a program, its most columns, and warps, the first of which is taken: 2 reads of 16 bytes a thread from
@@ -128,7 +128,15 @@ def _tile(tile: tuple[int, int, int], width: int) -> tuple[int, int, int]:
 @jit
 def silu(gate):  # type: ignore[no-untyped-def]
     """sigmoid(gate) and gate · sigmoid(gate)."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    if INTERPRETED:
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    else:
+        # The same in 4 instructions: tl.exp and a quotient take 12, for the sake of numbers below 2^-126.
+        sigmoid = tl.inline_asm_elementwise(
+            "mul.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0; add.f32 $0, $0, 0f3F800000;"
+            "rcp.approx.ftz.f32 $0, $0;",  # 2^(-gate · log2(e)), + 1, inverse
+            "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
     return sigmoid, gate * sigmoid
 
 

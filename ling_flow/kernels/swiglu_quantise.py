@@ -7,7 +7,7 @@ kernels give what `swiglu_weighted` followed by `fp8.quantize_rows` or `quantize
 Limits of the kernels: contiguous inputs of float32, bfloat16 or float16, any shape, fast where F is a multiple of 16.
 `swiglu_quantize_backward` is one kernel only where F is a multiple of 128: elsewhere a tile of 128 columns of
 [gate | up] holds some of both, and the gradient is written once before it is quantised. That kernel reads z and grad_h
-twice, the second time from the cache, and waits for arithmetic rather than memory.
+twice, the second time from the cache.
 
 Shapes: T tokens, K chosen, F expert width, R rows of a `RowMap`, M its tiles.
 """
@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from ling_flow.kernels import fp8
-from ling_flow.kernels._triton import ceil_div, jit, narrow, tl
+from ling_flow.kernels._triton import INTERPRETED, ceil_div, jit, narrow, tl
 from ling_flow.kernels.fp8 import (
     STORED,
     Quantized,
-    magnitude,
-    pairs_of_columns,
+    largest,
     room_by_columns,
-    rows_of_tile,
+    rows_of_threads,
     scale_and_inverse,
+    store_by_columns,
 )
 from ling_flow.kernels.row_map import TILE, RowMap
 from ling_flow.kernels.swiglu import (
@@ -41,10 +41,11 @@ from ling_flow.kernels.swiglu import (
 )
 
 # The first is taken.
-ROWS_TILES = ((16, 4), (32, 4), (8, 4), (32, 8))  # rows and warps of a program of 128 columns
-COLUMNS_TILES = ((32, 4), (64, 8), (64, 16), (128, 16))  # columns and warps of a program of 128 rows
-# Rows of a program by rows, columns of one by columns, and warps of either.
-BACKWARD_TILES = ((16, 16, 4), (8, 16, 4), (16, 32, 4), (32, 32, 8))
+ROWS_TILES = ((16, 4), (32, 4))  # rows and warps of a program of 128 columns
+# Columns of a program of 128 rows, rows that a thread holds, warps.
+COLUMNS_TILES = ((64, 16, 4), (64, 8, 4), (32, 16, 4))
+# Rows of a program by rows, columns of one by columns, rows that a thread of this one holds, warps of either.
+BACKWARD_TILES = ((32, 32, 16, 4), (32, 64, 16, 8), (64, 32, 16, 4))
 
 # The definition, in torch
 
@@ -166,7 +167,7 @@ def swiglu_quantize_triton(
     weights_TK: Tensor | None,
     row_map: RowMap,
     by_columns: bool,
-    tile: tuple[int, int] | None = None,
+    tile: tuple[int, ...] | None = None,
 ) -> Quantized:
     rows, width, device = row_map.rows, z_R2F.shape[1] // 2, z_R2F.device
     z_R2F = z_R2F.contiguous()
@@ -184,11 +185,12 @@ def swiglu_quantize_triton(
             )  # fmt: skip
         return Quantized(values, scales)
     found = room_by_columns(row_map, width, device)
-    if z_R2F.numel() and len(row_map.tile_rows_M):
-        block_f, warps = tile or COLUMNS_TILES[0]
-        _quantize_columns_kernel[(ceil_div(width, block_f) * len(row_map.tile_rows_M),)](
-            z_R2F, weights, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, *found, rows, width,
-            WEIGHTED=weighted, BLOCK_F=block_f, TILE=TILE, num_warps=warps,
+    if found.values.numel():
+        block, held, warps = tile or COLUMNS_TILES[0]
+        parts = ceil_div(width, block)
+        _quantize_columns_kernel[(parts * len(row_map.tile_rows_M),)](
+            z_R2F, weights, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, *found, found.values.shape[1],
+            width, WEIGHTED=weighted, PARTS=parts, TILE=TILE, BLOCK=block, HELD=held, num_warps=warps,
         )  # fmt: skip
     return found
 
@@ -198,35 +200,31 @@ def swiglu_quantize_backward_triton(
     grad_h_RF: Tensor,
     weights_TK: Tensor | None,
     row_map: RowMap,
-    tile: tuple[int, int, int] = BACKWARD_TILES[0],
+    tile: tuple[int, int, int, int] = BACKWARD_TILES[0],
 ) -> tuple[Quantized, Quantized, Tensor | None]:
     rows, width, device = row_map.rows, z_R2F.shape[1] // 2, z_R2F.device
     if width % TILE:
         grad_z_R2F, grad_weights_TK = swiglu_backward_triton(z_R2F, grad_h_RF, weights_TK, row_map)
-        by_rows, by_columns = fp8.quantize_tiles_triton(grad_z_R2F, row_map, False, by_rows=True)
-        assert by_rows is not None
-        return by_rows, by_columns, grad_weights_TK
+        return *fp8.quantize_both_triton(grad_z_R2F, row_map), grad_weights_TK
     z_R2F, grad_h_RF = z_R2F.contiguous(), grad_h_RF.contiguous()
     weights = z_R2F if weights_TK is None else weights_TK.contiguous()  # not touched without weights
-    parts, (block_r, block_f, warps) = width // TILE, tile
+    parts, pairs = width // TILE, row_map.place_TK.numel()
     by_columns = room_by_columns(row_map, 2 * width, device)
     by_rows = Quantized(
         torch.empty((rows, 2 * width), dtype=STORED, device=device),
         torch.empty((2 * parts, rows), dtype=torch.float32, device=device),
     )
-    # A row's part of its weight's gradient from each 128 columns, to be summed in their order.
-    partial_FR = torch.empty((parts, rows), dtype=torch.float32, device=device)
-    if z_R2F.numel() and len(row_map.tile_rows_M):
-        programs = TILE // block_r + TILE // block_f  # of a tile
+    # A pair's part of its weight's gradient from each 128 columns, to be summed in their order.
+    partial_FN = torch.empty((parts, pairs), dtype=torch.float32, device=device)
+    if by_columns.values.numel():
+        block_r, block, held, warps = tile
+        programs = TILE // block_r + TILE // block  # of a tile
         _quantize_backward_kernel[(len(row_map.tile_rows_M) * parts * programs,)](
             z_R2F, grad_h_RF, weights, row_map.pair_R, row_map.tile_start_M, row_map.tile_rows_M, *by_rows,
-            *by_columns, partial_FR, rows, width, WEIGHTED=weights_TK is not None, BLOCK_R=block_r,
-            BLOCK_F=block_f, TILE=TILE, num_warps=warps,
+            *by_columns, partial_FN, pairs, rows, by_columns.values.shape[1], width, WEIGHTED=weights_TK is not None,
+            PARTS=parts, BLOCK_R=block_r, TILE=TILE, BLOCK=block, HELD=held, num_warps=warps,
         )  # fmt: skip
-    if weights_TK is None:
-        return by_rows, by_columns, None
-    grad_weights_N = partial_FR.sum(0).index_select(0, row_map.place_TK.flatten())
-    return by_rows, by_columns, grad_weights_N.view(row_map.place_TK.shape)
+    return by_rows, by_columns, None if weights_TK is None else partial_FN.sum(0).view(row_map.place_TK.shape)
 
 
 @jit
@@ -241,8 +239,8 @@ def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
     there = (column < width)[None, :]
     pair, weight = pairs_and_weights(pair_R, weights, row, row < rows, WEIGHTED)
     source = z + row.to(tl.int64)[:, None] * (2 * width) + column[None, :]
-    wide = _hidden(source, width, (pair >= 0)[:, None] & there, weight, WEIGHTED)
-    scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 1))
+    wide = rounded(_hidden(source, width, (pair >= 0)[:, None] & there, weight, WEIGHTED), z.dtype.element_ty)
+    scale, inverse = scale_and_inverse(largest(wide, 1))
     to = values + row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(to, narrow(wide * inverse[:, None], tl.float8e4nv), mask=(row < rows)[:, None] & there)
     tl.store(scales + tile.to(tl.int64) * rows + row, scale, mask=row < rows)
@@ -250,122 +248,108 @@ def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _quantize_columns_kernel(  # type: ignore[no-untyped-def]
-    z, weights, pair_R, tile_start_M, tile_rows_M, values, scales, rows, width,
-    WEIGHTED: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
+    z, weights, pair_R, tile_start_M, tile_rows_M, values, scales, stride, width,
+    WEIGHTED: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.cdiv(width, BLOCK_F)
-    tile = tl.program_id(0) // parts
-    count = tl.load(tile_rows_M + tile)
+    tile, first = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * BLOCK
+    count, start = tl.load(tile_rows_M + tile), tl.load(tile_start_M + tile)
     if count == 0:
         return
-    within, start, padded = rows_of_tile(tile, count, tile_start_M, TILE)
-    first = tl.program_id(0) % parts * BLOCK_F
-    column = pairs_of_columns(BLOCK_F)
-    there = first + column < width
+    within, column = rows_of_threads(TILE, HELD), tl.arange(0, BLOCK)
     _, weight = pairs_and_weights(pair_R, weights, start + within, within < count, WEIGHTED)
-    source = z + start.to(tl.int64) * (2 * width) + first + within[:, None] * (2 * width) + column[None, :]
-    wide = _hidden(source, width, (within < count)[:, None] & there[None, :], weight, WEIGHTED)
-    scale, inverse = scale_and_inverse(tl.max(magnitude(wide), 0))
-    to = values + first.to(tl.int64) * rows + start + column[:, None] * rows + within[None, :]
-    inside = there[:, None] & (within < padded)[None, :]
-    tl.store(to, tl.trans(narrow(wide * inverse[None, :], tl.float8e4nv)), mask=inside)
-    tl.store(scales + tile.to(tl.int64) * width + first + column, scale, mask=there)
+    source = z + start.to(tl.int64) * (2 * width) + first + (within[:, None] * (2 * width) + column[None, :])
+    inside = (within < count)[:, None] & (first + column < width)[None, :]
+    wide = narrow(_hidden(source, width, inside, weight, WEIGHTED), z.dtype.element_ty).to(tl.float32)
+    store_by_columns(values, scales, wide, tile, first, stride, width, TILE, HELD, BLOCK)
 
 
 @jit
 def _quantize_backward_kernel(  # type: ignore[no-untyped-def]
-    z, grad_h, weights, pair_R, tile_start_M, tile_rows_M, row_values, row_scales, column_values, column_scales,
-    partial_FR, rows, width, WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
+    z, grad_h, weights, pair_R, tile_start_M, tile_rows_M, row_values, row_scales,
+    values, scales, partial_FN, pairs, rows, stride, width, WEIGHTED: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     # A tile of rows × 128 columns of each half is read by rows and by columns, by neighbouring programs: the second
-    # reading is from the cache. A program that does both needs so many registers that it is alone on its processor.
+    # reading is from the cache.
     by_rows: tl.constexpr = TILE // BLOCK_R
-    programs: tl.constexpr = by_rows + TILE // BLOCK_F
-    parts = width // TILE
-    step, part = tl.program_id(0) % programs, tl.program_id(0) // programs % parts
-    tile = tl.program_id(0) // programs // parts
-    count = tl.load(tile_rows_M + tile)
+    programs: tl.constexpr = by_rows + TILE // BLOCK
+    step, part = tl.program_id(0) % programs, tl.program_id(0) // programs % PARTS
+    tile = tl.program_id(0) // programs // PARTS
+    count, start = tl.load(tile_rows_M + tile), tl.load(tile_start_M + tile)
     if step < by_rows:
         if step * BLOCK_R < count:
-            _gradients_by_rows(
-                z, grad_h, weights, pair_R, tile_start_M, row_values, row_scales, partial_FR, rows, width, tile, part,
-                count, step * BLOCK_R, WEIGHTED, BLOCK_R, TILE,
-            )  # fmt: skip
+            within, first = step * BLOCK_R + tl.arange(0, BLOCK_R), part * TILE
+            pair, weight, gate, up, grad = _read(
+                z, grad_h, weights, pair_R, start, within, count, first, width, WEIGHTED, TILE
+            )
+            grad_gate, grad_up, grad_weight = swiglu_gradients(gate, up, grad, weight[:, None])
+            if WEIGHTED:
+                to = partial_FN + tl.full((), part, tl.int64) * pairs + pair
+                tl.store(to, tl.sum(grad_weight, 1), mask=within < count)
+            grad_gate, grad_up = rounded(grad_gate, z.dtype.element_ty), rounded(grad_up, z.dtype.element_ty)
+            _store_by_rows(row_values, row_scales, grad_gate, start, within, count, first, rows, width, TILE)
+            _store_by_rows(row_values, row_scales, grad_up, start, within, count, first + width, rows, width, TILE)
     elif count > 0:
-        _gradients_by_columns(
-            z, grad_h, weights, pair_R, tile_start_M, column_values, column_scales, rows, width, tile,
-            part * TILE + (step - by_rows) * BLOCK_F, count, WEIGHTED, BLOCK_F, TILE,
-        )  # fmt: skip
+        within, first = rows_of_threads(TILE, HELD), part * TILE + (step - by_rows) * BLOCK
+        _pair, weight, gate, up, grad = _read(
+            z, grad_h, weights, pair_R, start, within, count, first, width, WEIGHTED, BLOCK
+        )
+        grad_gate, grad_up, _grad_weight = swiglu_gradients(gate, up, grad, weight[:, None])
+        # Both narrowed before either is stored: what is held meanwhile is half as large.
+        grad_gate = narrow(grad_gate, z.dtype.element_ty).to(tl.float32)
+        grad_up = narrow(grad_up, z.dtype.element_ty).to(tl.float32)
+        store_by_columns(values, scales, grad_gate, tile, first, stride, 2 * width, TILE, HELD, BLOCK)
+        first += width
+        store_by_columns(values, scales, grad_up, tile, first, stride, 2 * width, TILE, HELD, BLOCK)
 
 
 @jit
-def _gradients_by_rows(  # type: ignore[no-untyped-def]
-    z, grad_h, weights, pair_R, tile_start_M, values, scales, partial_FR, rows, width, tile, part, count, before,
-    WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
+def _store_by_rows(  # type: ignore[no-untyped-def]
+    values, scales, wide, start, within, count, first, rows, width, TILE: tl.constexpr
 ):  # fmt: skip
-    within, start, padded = rows_of_tile(tile, count, tile_start_M, TILE)
-    within, column = before + tl.arange(0, BLOCK_R), tl.arange(0, TILE)
-    grad_gate, grad_up, grad_weight, at = _gradients(
-        z, grad_h, weights, pair_R, start, within, count, part * TILE, column, width, WEIGHTED
-    )
-    to = part.to(tl.int64) * rows + start + within
-    if WEIGHTED:
-        tl.store(partial_FR + to, tl.sum(grad_weight, 1), mask=within < count)
-    inside = within < padded
-    scale, inverse = scale_and_inverse(tl.max(magnitude(grad_gate), 1))
-    tl.store(values + at, narrow(grad_gate * inverse[:, None], tl.float8e4nv), mask=inside[:, None])
-    tl.store(scales + to, scale, mask=inside)
-    scale, inverse = scale_and_inverse(tl.max(magnitude(grad_up), 1))
-    tl.store(values + at + width, narrow(grad_up * inverse[:, None], tl.float8e4nv), mask=inside[:, None])
-    tl.store(scales + (width // TILE).to(tl.int64) * rows + to, scale, mask=inside)
+    """Quantise rows of 128 columns from `first` on of (R, 2F)."""
+    scale, inverse = scale_and_inverse(largest(wide, 1))
+    at = start.to(tl.int64) * (2 * width) + first + (within[:, None] * (2 * width) + tl.arange(0, TILE)[None, :])
+    tl.store(values + at, narrow(wide * inverse[:, None], tl.float8e4nv), mask=(within < count)[:, None])
+    tl.store(scales + (first // TILE).to(tl.int64) * rows + start + within, scale, mask=within < count)
 
 
 @jit
-def _gradients_by_columns(  # type: ignore[no-untyped-def]
-    z, grad_h, weights, pair_R, tile_start_M, values, scales, rows, width, tile, first, count,
-    WEIGHTED: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr,
+def _read(  # type: ignore[no-untyped-def]
+    z, grad_h, weights, pair_R, start, within, count, first, width, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    within, start, padded = rows_of_tile(tile, count, tile_start_M, TILE)
-    column = pairs_of_columns(BLOCK_F)
-    grad_gate, grad_up, _weight, _at = _gradients(
-        z, grad_h, weights, pair_R, start, within, count, first, column, width, WEIGHTED
-    )
-    inside = (within < padded)[None, :]
-    to = values + first.to(tl.int64) * rows + start + (column[:, None] * rows + within[None, :])
-    scales += tile.to(tl.int64) * (2 * width) + first + column
-    scale, inverse = scale_and_inverse(tl.max(magnitude(grad_gate), 0))
-    tl.store(to, tl.trans(narrow(grad_gate * inverse[None, :], tl.float8e4nv)), mask=inside)
-    tl.store(scales, scale)
-    scale, inverse = scale_and_inverse(tl.max(magnitude(grad_up), 0))
-    to += width.to(tl.int64) * rows
-    tl.store(to, tl.trans(narrow(grad_up * inverse[None, :], tl.float8e4nv)), mask=inside)
-    tl.store(scales + width, scale)
-
-
-@jit
-def _gradients(  # type: ignore[no-untyped-def]
-    z, grad_h, weights, pair_R, start, within, count, first, column, width, WEIGHTED: tl.constexpr
-):  # fmt: skip
-    """`swiglu_gradients`, those of gate and up narrowed to the dtype of z and widened again; and where gate lies."""
+    """Of rows of a tile: pairs, weights, and of `BLOCK` columns from `first` on gate, up and the gradient of h."""
     real = within < count
-    _, weight = pairs_and_weights(pair_R, weights, start + within, real, WEIGHTED)
-    at = start.to(tl.int64) * (2 * width) + first + (within[:, None] * (2 * width) + column[None, :])
-    grad_at = start.to(tl.int64) * width + first + (within[:, None] * width + column[None, :])
+    pair, weight = pairs_and_weights(pair_R, weights, start + within, real, WEIGHTED)
+    column = first + tl.arange(0, BLOCK)[None, :]
+    at = start.to(tl.int64) * (2 * width) + (within[:, None] * (2 * width) + column)
+    grad_at = start.to(tl.int64) * width + (within[:, None] * width + column)
     gate = tl.load(z + at, mask=real[:, None], other=0.0).to(tl.float32)
     up = tl.load(z + width + at, mask=real[:, None], other=0.0).to(tl.float32)
     grad = tl.load(grad_h + grad_at, mask=real[:, None], other=0.0).to(tl.float32)
-    grad_gate, grad_up, grad_weight = swiglu_gradients(gate, up, grad, weight[:, None])
-    grad_gate = narrow(grad_gate, z.dtype.element_ty).to(tl.float32)
-    return grad_gate, narrow(grad_up, z.dtype.element_ty).to(tl.float32), grad_weight, at
+    return pair, weight, gate, up, grad
 
 
 @jit
 def _hidden(source, width, inside, weight, WEIGHTED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """silu(gate) · up · weight, narrowed to the dtype of z and widened again."""
+    """silu(gate) · up · weight, float32."""
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
     _, activated = silu(gate)
     product = activated * up
     if WEIGHTED:
         product = product * weight[:, None]
-    return narrow(product, source.dtype.element_ty).to(tl.float32)
+    return product
+
+
+@jit
+def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 narrowed to `dtype` and widened again."""
+    if INTERPRETED or dtype != tl.bfloat16:
+        x = narrow(x, dtype).to(tl.float32)
+    else:  # two at a time: one at a time it is an instruction of a quarter of the rate
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
+            "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return x

@@ -30,7 +30,7 @@ def test_every_operation_has_cases_with_a_floor() -> None:
     done = listed("--list")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    operations = {line[:34].strip() for line in lines}
+    operations = {line[:38].strip() for line in lines}
     for part in (
         "quantise 1x128",
         "rms norm",

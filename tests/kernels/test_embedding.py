@@ -26,19 +26,21 @@ def test_gradient(which: str, count: int, width: int, device: torch.device) -> N
     tokens_N = tokens(which, count, 40).to(device)
     for dtype, table in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32),
                          (torch.bfloat16, torch.bfloat16)):  # fmt: skip
-        grad_ND = normal((count, width), dtype, device)
+        grad_ND = normal((count, width), dtype).to(device)
         found = embedding.embedding_backward_triton(tokens_N, grad_ND, 40, table)
         expected = embedding.embedding_backward_reference(tokens_N, grad_ND, 40, table)
         # Float32 sums in another order.
         torch.testing.assert_close(found, expected, rtol=1e-5 if table == torch.float32 else 2**-7, atol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [(31, 32, 33, 1), (33, 33, 33, 33), (64, 65, 1, 97), (1, 40, 1, 33, 34, 200)])
+@pytest.mark.parametrize(
+    "lengths", [(31, 32, 33, 1), (33, 33, 33, 33), (64, 65, 1, 97), (1, 40, 1, 33, 34, 200), (300,), (32, 32)]
+)
 def test_runs_of_pieces_do_not_meet(lengths: tuple[int, ...], device: torch.device) -> None:
     """Whole numbers, so that every order gives the same sum."""
     tokens_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     tokens_N = tokens_N[torch.randperm(len(tokens_N), generator=torch.Generator().manual_seed(0))].to(device)
-    grad_ND = (normal((len(tokens_N), 5), torch.float32, device) * 100).round()
+    grad_ND = (normal((len(tokens_N), 5), torch.float32).to(device) * 100).round()
     found = embedding.embedding_backward_triton(tokens_N, grad_ND, len(lengths) + 2, torch.float32)
     assert torch.equal(
         found, embedding.embedding_backward_reference(tokens_N, grad_ND, len(lengths) + 2, torch.float32)

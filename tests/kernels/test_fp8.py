@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ling_flow.kernels import fp8
 from ling_flow.kernels.fp8 import STORED
-from ling_flow.kernels.row_map import row_map_reference
+from ling_flow.kernels.row_map import dense_map, row_map_reference
 from ling_flow.kernels.shapes import SMALL, MoEShape, normal, route
+from tests.kernels.compare import same_by_columns
 
 SCALES = (0.0, 1e-20, 1.0, 1e4)  # what the values are multiplied by
 
@@ -21,7 +22,7 @@ def same(found: fp8.Quantized, expected: fp8.Quantized) -> None:
 
 def wide_range(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Magnitudes over six orders, so that small values of a tile fall below FP8's normal range."""
-    return normal(shape, dtype, device) * (normal(shape, torch.float32, device, seed=1) * 3).exp().to(dtype)
+    return (normal(shape, dtype) * (normal(shape, torch.float32, seed=1) * 3).exp().to(dtype)).to(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,22 +38,53 @@ def test_columns_and_both(shape: MoEShape, device: torch.device) -> None:
     routing = route(shape, device)
     row_map = row_map_reference(routing.indices_TK, routing.counts_E)
     x_TD = wide_range((shape.tokens, shape.hidden), torch.bfloat16, device)
-    _, found = fp8.quantize_tiles_triton(x_TD, row_map, gather=True, by_rows=False)
+    found = fp8.quantize_columns_triton(x_TD, row_map, gather=True)
     expected = fp8.quantize_columns_reference(x_TD, row_map, gather=True)
-    used = row_map.tile_rows_M > 0
-    assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
-    assert torch.equal(found.scales[used], expected.scales[used])
+    same_by_columns(found, expected, row_map)
 
     x_RD = wide_range((row_map.rows, shape.hidden), torch.bfloat16, device)
-    by_row, by_column = fp8.quantize_tiles_triton(x_RD, row_map, gather=False, by_rows=True)
-    assert by_row is not None
+    by_row, by_column = fp8.quantize_both_triton(x_RD, row_map)
     expected_row = fp8.quantize_rows_reference(x_RD)
     expected = fp8.quantize_columns_reference(x_RD, row_map, gather=False)
     real = row_map.pair_R >= 0
     assert torch.equal(by_row.values.view(torch.uint8)[real], expected_row.values.view(torch.uint8)[real])
     assert torch.equal(by_row.scales[:, real], expected_row.scales[:, real])
-    assert torch.equal(by_column.values.view(torch.uint8), expected.values.view(torch.uint8))
-    assert torch.equal(by_column.scales[used], expected.scales[used])
+    same_by_columns(by_column, expected, row_map)
+
+
+@pytest.mark.parametrize("tile", fp8.COLUMNS_TILES[1:], ids=str)
+def test_every_tile_by_columns_gives_the_same(tile: tuple[int, int, int], device: torch.device) -> None:
+    shape = MoEShape("", 40, 272, 1, 3, 2, "skewed")
+    routing = route(shape, device)
+    row_map = row_map_reference(routing.indices_TK, routing.counts_E)
+    x_TD = wide_range((shape.tokens, shape.hidden), torch.bfloat16, device)
+    found = fp8.quantize_columns_triton(x_TD, row_map, True, tile)
+    expected = fp8.quantize_columns_reference(x_TD, row_map, True)
+    same_by_columns(found, expected, row_map)
+
+
+@pytest.mark.parametrize("tile", fp8.BOTH_TILES[1:], ids=str)
+def test_every_tile_of_both_gives_the_same(tile: tuple[int, int, int, int], device: torch.device) -> None:
+    shape = MoEShape("", 40, 1, 1, 3, 2, "skewed")
+    routing = route(shape, device)
+    row_map = row_map_reference(routing.indices_TK, routing.counts_E)
+    x_RD = wide_range((row_map.rows, 144), torch.bfloat16, device)
+    by_row, by_column = fp8.quantize_both_triton(x_RD, row_map, tile)
+    expected_row, expected = fp8.quantize_rows_reference(x_RD), fp8.quantize_columns_reference(x_RD, row_map, False)
+    real = row_map.pair_R >= 0
+    assert torch.equal(by_row.values.view(torch.uint8)[real], expected_row.values.view(torch.uint8)[real])
+    assert torch.equal(by_row.scales[:, real], expected_row.scales[:, real])
+    same_by_columns(by_column, expected, row_map)
+
+
+def test_bad_values_by_columns(device: torch.device) -> None:
+    x_RN = normal((150, 64), torch.bfloat16).to(device)
+    x_RN[3, 5], x_RN[140, 7] = float("nan"), float("-inf")
+    row_map = dense_map(150, device)
+    x_RN = torch.cat([x_RN, x_RN.new_zeros(row_map.rows - 150, 64)])
+    found = fp8.quantize_columns_triton(x_RN, row_map, False)
+    assert (found.scales.isinf().nonzero() == torch.tensor([[0, 5], [1, 7]], device=device)).all()
+    assert torch.equal(found.scales[:2], fp8.quantize_columns_reference(x_RN, row_map, False).scales[:2])
 
 
 @pytest.mark.parametrize("shape", [(1, 128, 128), (3, 160, 200), (2, 64, 384)])

@@ -111,8 +111,8 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     replaced = {
         "quantize_rows": fp8.quantize_rows_triton,
         "quantize_blocks": fp8.quantize_blocks_triton,
-        "quantize_columns": lambda x, where, gather: fp8.quantize_tiles_triton(x, where, gather, by_rows=False)[1],
-        "quantize_rows_and_columns": lambda x, where: fp8.quantize_tiles_triton(x, where, False, by_rows=True),
+        "quantize_columns": fp8.quantize_columns_triton,
+        "quantize_rows_and_columns": fp8.quantize_both_triton,
         "row_map": row_map_triton,
         "grouped_forward_fp8": grouped_forward_fp8_triton,
         "grouped_dgrad_fp8": lambda grad, w, where, gather=False: grouped_forward_fp8_triton(

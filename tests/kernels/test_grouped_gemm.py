@@ -131,7 +131,7 @@ def test_every_cut_gives_the_same(device: torch.device) -> None:
         found = grouped_gemm.grouped_forward_triton(x_TB, w_EAB, row_map, True, tiles)
         torch.testing.assert_close(found[real], expected[real], **close)
     expected = grouped_gemm.grouped_wgrad_reference(grad_RA, x_TB, row_map, False, True)
-    for tiles in grouped_gemm.WEIGHTS_TILES[2] + grouped_gemm.FEW_ROWS_TILES[2]:
+    for tiles in (*grouped_gemm.WEIGHTS_TILES[2], *grouped_gemm.FEW_ROWS_TILES[2], *grouped_gemm.ADDED_TILES[2]):
         found = grouped_gemm.grouped_wgrad_triton(grad_RA, x_TB, row_map, False, True, tiles=tiles)
         torch.testing.assert_close(found, expected, **close)
 
@@ -157,15 +157,15 @@ def test_the_definition_is_a_loop_over_rows() -> None:
 
 def loss_and_gradients(function, shape: MoEShape, dtype: torch.dtype, device: torch.device, *more: object):  # type: ignore[no-untyped-def]
     routing = route(shape, device)
-    leaves = [
-        normal((shape.tokens, shape.hidden), dtype, device),
+    leaves = [  # drawn on the CPU: every device has random numbers of its own
+        normal((shape.tokens, shape.hidden), dtype).to(device),
         routing.weights_TK.clone(),
-        normal((shape.experts, 2 * shape.width, shape.hidden), dtype, device, seed=1) * shape.hidden**-0.5,
-        normal((shape.experts, shape.hidden, shape.width), dtype, device, seed=2) * shape.width**-0.5,
+        normal((shape.experts, 2 * shape.width, shape.hidden), dtype, seed=1).to(device) * shape.hidden**-0.5,
+        normal((shape.experts, shape.hidden, shape.width), dtype, seed=2).to(device) * shape.width**-0.5,
     ]
     x_TD, weights_TK, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
     out_TD = function(x_TD, routing.indices_TK, weights_TK, routing.counts_E, gate_up, down, *more)
-    upstream = normal(tuple(out_TD.shape), dtype, device, seed=3)
+    upstream = normal(tuple(out_TD.shape), dtype, seed=3).to(device)
     return (out_TD, *torch.autograd.grad(out_TD, leaves, upstream))
 
 

@@ -1,7 +1,8 @@
 """Products of blockwise FP8 matrices: kernels against the definition, the definition against loops in float64.
 
 Results are float32 sums rounded once to bfloat16: where sums of another order fall on the two sides of a boundary they
-differ by one rounding of 2^-8. In float32 they differ by the rounding of the sums.
+differ by one rounding of 2^-8. In float32 they differ by the rounding of the sums. On a GPU the 128 products of a
+partial sum are added with some 14 bits (what FP8 tensor cores do), so there whole rows are compared.
 """
 
 from __future__ import annotations
@@ -17,8 +18,18 @@ from ling_flow.kernels.shapes import SMALL, MoEShape, normal, route
 
 BFLOAT16 = {"rtol": 2**-7, "atol": 1e-4}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-4}
-# Rows of several tiles, two halves of 256 columns, more than one step along the sum: what SMALL has one at a time.
+ROW_ERROR = 5e-3  # of a row on a GPU, in the Euclidean norm; a scale at the wrong place gives more than 0.1
+# Rows of several tiles, several blocks of columns, more than one step along the sum: what SMALL has one at a time.
 LARGER = MoEShape("larger", 150, 272, 256, 3, 2, "skewed")
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: dict[str, float]) -> None:
+    if not found.is_cuda:
+        torch.testing.assert_close(found, expected, **tolerance)
+        return
+    found, expected = found.double(), expected.double()
+    assert found.isfinite().all()
+    assert ((found - expected).norm(dim=-1) <= ROW_ERROR * expected.norm(dim=-1)).all()
 
 
 def quantized(
@@ -56,23 +67,12 @@ def test_kernels_equal_the_definition(shape: MoEShape, device: torch.device) -> 
         found = grouped_gemm_fp8.grouped_forward_fp8_triton(x, w_EAB, row_map, gather)
         expected = grouped_gemm_fp8.grouped_forward_fp8_reference(x, w_EAB, row_map, gather)
         assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found[real], expected[real], **BFLOAT16)
+        assert_close(found[real], expected[real], BFLOAT16)
     found = grouped_gemm_fp8.grouped_wgrad_fp8_triton(grad_AR, x_BR, row_map, torch.float32)
     expected = grouped_gemm_fp8.grouped_wgrad_fp8_reference(grad_AR, x_BR, row_map, torch.float32)
-    torch.testing.assert_close(found, expected, **FLOAT32)
+    assert_close(found, expected, FLOAT32)
     rounded = grouped_gemm_fp8.grouped_wgrad_fp8_triton(grad_AR, x_BR, row_map)
-    torch.testing.assert_close(rounded, expected.bfloat16(), **BFLOAT16)
-
-
-@pytest.mark.parametrize("shape", [LARGER, SMALL[5]], ids=lambda shape: shape.name)
-def test_every_cut_gives_the_same(shape: MoEShape, device: torch.device) -> None:
-    row_map, x_TB, _, w_EAB, _, _ = quantized(shape, device)
-    real = row_map.pair_R >= 0
-    expected = grouped_gemm_fp8.grouped_forward_fp8_reference(x_TB, w_EAB, row_map, True)
-    for tiles in grouped_gemm_fp8.ROWS_TILES[:2]:
-        if w_EAB.values.shape[1] % tiles.columns == 0 or tiles.columns == 128:
-            found = grouped_gemm_fp8.grouped_forward_fp8_triton(x_TB, w_EAB, row_map, True, tiles)
-            torch.testing.assert_close(found[real], expected[real], **BFLOAT16)
+    assert_close(rounded, expected.bfloat16(), BFLOAT16)
 
 
 @pytest.mark.parametrize("launch", ["definition", "kernel"])
@@ -85,9 +85,9 @@ def test_a_gradient_of_weights_is_written_or_added(launch: str, device: torch.de
     }[launch]
     out = torch.full(w_EAB.values.shape, float("nan"), device=device)
     assert run(grad_AR, x_BR, row_map, out=out) is out
-    torch.testing.assert_close(out, exact, **FLOAT32)
+    assert_close(out, exact, FLOAT32)
     run(grad_AR, x_BR, row_map, out=out, add=True)
-    torch.testing.assert_close(out, 2 * exact, **FLOAT32)
+    assert_close(out, 2 * exact, FLOAT32)
     with pytest.raises(ValueError, match="out="):
         grouped_gemm_fp8.grouped_wgrad_fp8(grad_AR, x_BR, row_map, add=True)
 
@@ -123,7 +123,7 @@ def test_the_gradient_of_rows_is_the_product_with_the_transpose(device: torch.de
     found = grouped_gemm_fp8.grouped_dgrad_fp8(grad_RA, w_EAB, row_map)
     wide_RA, wide_EAB = fp8.dequantize_rows(grad_RA), fp8.dequantize_blocks(w_EAB)
     for expert, rows in row_map.filled():
-        torch.testing.assert_close(found[rows].float(), wide_RA[rows] @ wide_EAB[expert], **BFLOAT16)
+        assert_close(found[rows].float(), wide_RA[rows] @ wide_EAB[expert], BFLOAT16)
 
 
 def test_a_dense_product_is_one_group(device: torch.device) -> None:
@@ -132,7 +132,7 @@ def test_a_dense_product_is_one_group(device: torch.device) -> None:
     w_1AB = fp8.quantize_blocks(normal((1, 72, 96), torch.bfloat16, device, seed=1))
     found = grouped_gemm_fp8.grouped_forward_fp8_triton(x_TB, w_1AB, row_map)
     expected = fp8.dequantize_rows(x_TB) @ fp8.dequantize_blocks(w_1AB)[0].T
-    torch.testing.assert_close(found[:150].float(), expected, rtol=2**-7, atol=1e-3)
+    assert_close(found[:150].float(), expected, {"rtol": 2**-7, "atol": 1e-3})
 
 
 def test_a_bad_value_reaches_its_own_results_and_no_others(device: torch.device) -> None:

@@ -90,6 +90,24 @@ def test_the_kernel_is_the_definition(
     torch.testing.assert_close(found.double(), grad, rtol=rounding, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [256, 301, 1030])
+@pytest.mark.parametrize("tile", [(64, 1, 2, 3), (256, 1, 1, 1), (128, 1, 3, 0)], ids=str)
+def test_blocks_kept_in_registers(
+    tile: tuple[int, int, int, int], columns: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest logit and the target each in turn in a kept block, in one read again, and in the last part."""
+    monkeypatch.setattr(module, "GRADIENT_TILES", (tile,))
+    logits = normal((3, columns), torch.bfloat16, device) * 5
+    targets = torch.tensor([7, columns // 2, columns - 1], device=device)
+    for row, largest in enumerate([columns - 2, 3, columns // 2 + 1]):
+        logits[row, largest] = 60.0
+    logprobs, lse, grad = module.cross_entropy_reference(logits.double(), targets, 1e-2)
+    found = module.cross_entropy_triton_(logits, targets, 1e-2, gradient=True)
+    for mine, theirs in zip(found, (logprobs, lse), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(logits.double(), grad, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_the_kernel_keeps_large_logits_and_shows_bad_ones(device: torch.device) -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, float("nan"), 1.0], [float("inf"), 0.0, 0.0]], device=device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ling_flow.kernels import qk_norm_rope as module
 from ling_flow.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, qk_norm_rope_triton
 from ling_flow.kernels.rotary import rotary_frequencies, rotary_tables
 from ling_flow.kernels.shapes import normal
@@ -76,6 +77,20 @@ def test_the_kernel_is_within_the_roundings_of_the_definition(shape: Shape, devi
     for mine, theirs in zip(found, qk_norm_rope_reference(*inputs, *shape[2:4], EPS), strict=True):
         error = (mine.double() - theirs.double()).norm() / mine.double().norm()
         assert error < 2**-7  # norm, weight, cosine and turn are rounded one by one there
+
+
+def test_programs_over_many_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs for a long sequence: each walks over several tiles, the last ones ragged or beyond the end."""
+    shape = (2, 75, 4, 2, 32, 16)
+    inputs = made(shape, torch.float32, torch.float32, False, device)
+    leaves = [part.requires_grad_() for part in inputs[:3]]
+    out = qk_norm_rope_triton(*inputs, *shape[2:4], EPS)
+    upstream = [normal(part.shape, torch.float32, device, 3 + index) for index, part in enumerate(out)]
+    expected = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    monkeypatch.setattr(module, "PROGRAMS", 14)
+    monkeypatch.setattr(module, "BACKWARD_TILES", ((4, 1, 1, 2),))
+    for mine, theirs in zip(torch.autograd.grad(out, leaves, upstream), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
 
 
 def test_no_positions(device: torch.device) -> None:

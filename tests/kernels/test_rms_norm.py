@@ -55,18 +55,34 @@ def test_quantised_is_quantising_what_is_normalised(size: tuple[int, ...], devic
     assert quantized is not None
     assert torch.equal(quantized.values.view(torch.uint8), expected.values.view(torch.uint8))
     assert torch.equal(quantized.scales, expected.scales)
+    nothing, _, alone = rms_norm.rms_norm_triton(x_ND, weight_D, EPS, quantize=True, keep=False)
+    assert nothing.numel() == 0
+    assert alone is not None
+    assert torch.equal(alone.values.view(torch.uint8), quantized.values.view(torch.uint8))
+    assert torch.equal(alone.scales, quantized.scales)
 
 
-def test_spans_of_rows_add_up(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rms_norm, "SPANS", 3)
+def test_spans_of_rows_add_up(device: torch.device) -> None:
     for rows in (1, 7, 100, 129):
         x_ND, grad_ND = normal((rows, 130), torch.float32, device), normal((rows, 130), torch.float32, device, seed=1)
         weight_D = normal((130,), torch.float32, device, seed=2)
         _, rstd_N, _ = rms_norm.rms_norm_triton(x_ND, weight_D, EPS, quantize=False)
-        found = rms_norm.rms_norm_backward_triton(grad_ND, x_ND, weight_D, rstd_N)
+        found = rms_norm.rms_norm_backward_triton(grad_ND, x_ND, weight_D, rstd_N, (2048, 16, 2, 3))
         _, *expected = exact(x_ND, weight_D, grad_ND)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "first"), [(5, 2), (600, 299), (300, 300), (1, 1)])
+def test_sum_rows(rows: int, first: int, device: torch.device) -> None:
+    x_ND = normal((rows, 40), torch.float32, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = rms_norm.sum_rows(x_ND, first, dtype)
+        tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
+        for found, part_ND in zip(ours, (x_ND[:first], x_ND[first:]), strict=True):
+            assert found.dtype == dtype
+            if len(part_ND):
+                torch.testing.assert_close(found.double(), part_ND.double().sum(0), rtol=tolerance, atol=1e-4)
 
 
 def test_the_gradient_passes_through_the_normalised_rows_only(device: torch.device) -> None:

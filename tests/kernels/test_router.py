@@ -101,8 +101,9 @@ def test_products(
     monkeypatch.setattr(router_triton, "SMALL", tile)
     x, weight = normal((tokens, hidden), torch.bfloat16, device), normal((experts, hidden), torch.float32, device, 1)
     exact = x.double() @ weight.double().T
-    # Every product is exact; what is left is the order of float32 sums.
-    torch.testing.assert_close(router_triton.logits_triton(x, weight).double(), exact, rtol=1e-6, atol=2e-5)
+    # Every product is exact; what is left is the order of float32 sums, and that tensor cores cut instead of rounding.
+    atol = 1e-4 if device.type == "cuda" else 2e-5
+    torch.testing.assert_close(router_triton.logits_triton(x, weight).double(), exact, rtol=1e-6, atol=atol)
     grad = normal((tokens, experts), torch.float32, device, seed=2)
     parts = router_triton.split_triton(grad, 2)
     found = router_triton.input_gradient_triton(parts, weight, torch.bfloat16).double()

@@ -11,6 +11,7 @@ from ling_flow.kernels import fp8, swiglu, swiglu_quantise
 from ling_flow.kernels.fp8 import Quantized
 from ling_flow.kernels.row_map import RowMap, dense_map, row_map_reference
 from ling_flow.kernels.shapes import SMALL, MoEShape, normal, route
+from tests.kernels.compare import same_by_columns
 
 by_shape = pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
 # exp and the division differ in the last bits between torch and Triton, which tips few roundings of the narrow type.
@@ -25,8 +26,8 @@ def prepared(
     routing = route(shape, device)
     row_map = row_map_reference(routing.indices_TK, routing.counts_E)
     padding_R1 = (row_map.pair_R < 0)[:, None]
-    z_R2F = normal((row_map.rows, 2 * width), dtype, device).mul_(3).masked_fill_(padding_R1, float("nan"))
-    grad_RF = normal((row_map.rows, width), dtype, device, seed=1).masked_fill_(padding_R1, float("nan"))
+    z_R2F = normal((row_map.rows, 2 * width), dtype).to(device).mul_(3).masked_fill_(padding_R1, float("nan"))
+    grad_RF = normal((row_map.rows, width), dtype, seed=1).to(device).masked_fill_(padding_R1, float("nan"))
     return z_R2F, grad_RF, routing.weights_TK, row_map
 
 
@@ -61,28 +62,46 @@ def test_weighted(shape: MoEShape, dtype: torch.dtype, device: torch.device) -> 
 @by_shape
 def test_quantised_is_quantising_what_is_weighted(shape: MoEShape, device: torch.device) -> None:
     z_R2F, _, weights_TK, row_map = prepared(shape, torch.bfloat16, device)
-    used = row_map.tile_rows_M > 0
     for weights in (weights_TK, None):
         h_RF = swiglu.swiglu_triton(z_R2F, weights, row_map)
         by_rows = swiglu_quantise.swiglu_quantize_triton(z_R2F, weights, row_map, by_columns=False)
         same(by_rows, fp8.quantize_rows_reference(h_RF), slice(None), (slice(None),))
         by_columns = swiglu_quantise.swiglu_quantize_triton(z_R2F, weights, row_map, by_columns=True)
-        same(by_columns, fp8.quantize_columns_reference(h_RF, row_map, False), slice(None), (used,))
+        same_by_columns(by_columns, fp8.quantize_columns_reference(h_RF, row_map, False), row_map)
 
 
 @by_shape
 def test_the_quantised_gradient_is_quantising_the_gradient(shape: MoEShape, device: torch.device) -> None:
-    used = None
     for weighted in (True, False):
         z_R2F, grad_RF, weights_TK, row_map = prepared(shape, torch.bfloat16, device)
-        weights, used, real = weights_TK if weighted else None, row_map.tile_rows_M > 0, row_map.pair_R >= 0
+        weights, real = weights_TK if weighted else None, row_map.pair_R >= 0
         grad_z_R2F, grad_weights = swiglu.swiglu_backward_triton(z_R2F, grad_RF, weights, row_map)
         by_rows, by_columns, found_weights = swiglu_quantise.swiglu_quantize_backward_triton(
             z_R2F, grad_RF, weights, row_map
         )
         same(by_rows, fp8.quantize_rows_reference(grad_z_R2F), real, (slice(None), real))
-        same(by_columns, fp8.quantize_columns_reference(grad_z_R2F, row_map, False), slice(None), (used,))
+        same_by_columns(by_columns, fp8.quantize_columns_reference(grad_z_R2F, row_map, False), row_map)
         torch.testing.assert_close(found_weights, grad_weights, rtol=1e-5, atol=1e-4)  # order of the sum
+
+
+@pytest.mark.parametrize("tile", swiglu_quantise.COLUMNS_TILES[1:], ids=str)
+def test_every_tile_by_columns_gives_the_same(tile: tuple[int, int, int], device: torch.device) -> None:
+    z_R2F, _, weights_TK, row_map = prepared(MoEShape("", 30, 1, 144, 3, 2, "skewed"), torch.bfloat16, device)
+    h_RF = swiglu.swiglu_triton(z_R2F, weights_TK, row_map)
+    found = swiglu_quantise.swiglu_quantize_triton(z_R2F, weights_TK, row_map, True, tile)
+    expected = fp8.quantize_columns_reference(h_RF, row_map, False)
+    same_by_columns(found, expected, row_map)
+
+
+@pytest.mark.parametrize("tile", swiglu_quantise.BACKWARD_TILES[1:], ids=str)
+def test_every_tile_of_the_gradient_gives_the_same(tile: tuple[int, int, int, int], device: torch.device) -> None:
+    z_R2F, grad_RF, weights_TK, row_map = prepared(MoEShape("", 30, 1, 128, 3, 2, "skewed"), torch.bfloat16, device)
+    found = swiglu_quantise.swiglu_quantize_backward_triton(z_R2F, grad_RF, weights_TK, row_map, tile)
+    grad_z_R2F, grad_weights = swiglu.swiglu_backward_triton(z_R2F, grad_RF, weights_TK, row_map)
+    real = row_map.pair_R >= 0
+    same(found[0], fp8.quantize_rows_reference(grad_z_R2F), real, (slice(None), real))
+    same_by_columns(found[1], fp8.quantize_columns_reference(grad_z_R2F, row_map, False), row_map)
+    torch.testing.assert_close(found[2], grad_weights, rtol=1e-5, atol=1e-4)
 
 
 def test_several_parts_of_columns(device: torch.device) -> None:
@@ -91,9 +110,9 @@ def test_several_parts_of_columns(device: torch.device) -> None:
     z_R2F, grad_RF, weights_TK, row_map = prepared(shape, torch.bfloat16, device)
     found = swiglu_quantise.swiglu_quantize_backward_triton(z_R2F, grad_RF, weights_TK, row_map)
     grad_z_R2F, grad_weights = swiglu.swiglu_backward_triton(z_R2F, grad_RF, weights_TK, row_map)
-    real, used = row_map.pair_R >= 0, row_map.tile_rows_M > 0
+    real = row_map.pair_R >= 0
     same(found[0], fp8.quantize_rows_reference(grad_z_R2F), real, (slice(None), real))
-    same(found[1], fp8.quantize_columns_reference(grad_z_R2F, row_map, False), slice(None), (used,))
+    same_by_columns(found[1], fp8.quantize_columns_reference(grad_z_R2F, row_map, False), row_map)
     torch.testing.assert_close(found[2], grad_weights, rtol=1e-5, atol=1e-4)
 
 

@@ -66,7 +66,8 @@ def _fp8(shape: MoEShape) -> Iterator[Case]:
     h_RF = stored((rows, shape.width), (shape.width // 128, rows))
     gate_up = stored((shape.experts, wide, hidden), (shape.experts, wide // 128, hidden // 128))
     down = stored((shape.experts, hidden, shape.width), (shape.experts, hidden // 128, shape.width // 128))
-    grad_2FR, x_DR = stored((wide, rows), (tiles, wide)), stored((hidden, rows), (tiles, hidden))
+    grad_2FR = stored((wide, tiles * 128), (tiles, wide))
+    x_DR = stored((hidden, tiles * 128), (tiles, hidden))
     main_grad = normal((shape.experts, wide, hidden), torch.float32, "meta")
 
     def case(name: str, launch: Callable[[], object]) -> Case:

@@ -30,8 +30,8 @@ def _of(shape: MoEShape) -> Iterator[Case]:
         return Case(f"{name}, {shape.name}", launch)
 
     yield case("quantize rows", lambda: fp8.quantize_rows_triton(x(tokens, hidden)))
-    yield case("quantize columns", lambda: fp8.quantize_tiles_triton(x(tokens, hidden), row_map, True, False))
-    yield case("quantize both", lambda: fp8.quantize_tiles_triton(x(rows, 2 * shape.width), row_map, False, True))
+    yield case("quantize columns", lambda: fp8.quantize_columns_triton(x(tokens, hidden), row_map, True))
+    yield case("quantize both", lambda: fp8.quantize_both_triton(x(rows, 2 * shape.width), row_map))
     yield case("quantize blocks", lambda: fp8.quantize_blocks_triton(weight))
     yield case(
         "transpose blocks",

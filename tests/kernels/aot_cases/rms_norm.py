@@ -23,10 +23,14 @@ def cases() -> Iterator[Case]:
 def _of(x_ND: torch.Tensor, weight_D: torch.Tensor) -> Iterator[Case]:
     rows, width = x_ND.shape
     rstd_N = normal((rows,), torch.float32, "meta")
-    for name, quantize in (("rms norm", False), ("rms norm quantize", True)):
+    for name, options in (
+        ("rms norm", {"quantize": False}),
+        ("rms norm quantize", {"quantize": True}),
+        ("rms norm quantize alone", {"quantize": True, "keep": False}),
+    ):
         yield Case(
             f"{name}, {rows}x{width}",
-            lambda quantize=quantize: rms_norm.rms_norm_triton(x_ND, weight_D, 1e-6, quantize),
+            lambda options=options: rms_norm.rms_norm_triton(x_ND, weight_D, 1e-6, **options),
         )
     if width > 8192:  # spills a little, as its file says
         return
