@@ -114,8 +114,10 @@ def measure(case: Case, facts: dict[str, Any], flush: torch.Tensor, sweep: bool)
         try:
             return median_seconds(prepare(), flush)
         finally:
-            gc.collect()
-            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info()
+            if free < total // 2:
+                gc.collect()
+                torch.cuda.empty_cache()
 
     try:
         seconds = timed(case.ours)

@@ -15,6 +15,7 @@ from ling_flow.model.flops import Flops, forward_flops_per_token, training_flops
 from ling_flow.model.memory import Layout, naive_logits_bytes, training_memory
 from ling_flow.model.presets import model_preset
 from ling_flow.scaling.leverage import dense_equivalent, leverage_of
+from ling_flow.training.curriculum import EXTENSION, stage_configs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +26,7 @@ CONTEXTS = (4096, 32768, 131072)
 
 def family_figures(asked: str, options: Mapping[str, Any], layout: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The figures of every member by preset name, as JSON data: parameters, FLOPs per token (training), memory in
-    bytes, cost, the dense model of equal loss, and what is published.
+    bytes, cost, the dense model of equal loss, the curriculum as configs of pre-training, and what is published.
 
     Args:
         options: fields of `CostOptions`.
@@ -80,6 +81,7 @@ def _figures(preset: str, options: CostOptions, changes: Mapping[str, str]) -> d
             "num_hidden_layers": dense.config.num_hidden_layers,
             "training_cost": asdict(training_cost(dense.config, options)),
         },
+        "curriculum": {"stages": stage_configs(preset), "extension": EXTENSION.model_dump()},
         "published": {
             "total": published.total,
             "active": published.active,
@@ -171,6 +173,19 @@ def _rows(member: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "  FLOPs with head and MTP", f"{cost['flops']:.3g}"
     yield f"  GPU-hours ({cost['peak_tflops']:g} TFLOP/s × {cost['mfu']:g})", _short(cost["gpu_hours"])
     yield f"  kWh at {cost['watts']:g} W per GPU", _short(cost["energy_kwh"])
+
+    curriculum = member["curriculum"]
+    first, extension = curriculum["stages"][0], curriculum["extension"]
+    yield "Curriculum: tokens × length, reasoning", ""
+    for stage in curriculum["stages"]:
+        mixture = stage["mixture"]
+        reasoning = 1 - mixture["general"] / (1 - mixture.get("long_documents", 0))  # of what is not long documents
+        label = f"  {stage['stage'].replace('_', ' ')}"
+        yield label, f"{_short(stage['tokens'])} × {stage['sequence_length']:,}, {reasoning:.0%}"
+    reach = int(extension["factor"] * extension["original_max_position_embeddings"])
+    yield "  extension, not trained", f"YaRN to {reach:,}"
+    yield "  learning rate, constant", f"{first['learning_rate']:.3g}"
+    yield "  tokens per batch", _short(first["batch_tokens"])
 
     yield "Dense model of equal loss (EL law)", ""
     yield "  leverage at M·D", f"{dense['leverage']:.1f}"

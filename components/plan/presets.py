@@ -19,6 +19,7 @@ from ling_flow.evaluation.gate import Gate
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.presets import model_preset
 from ling_flow.scaling.design import Rung, SweepDesign
+from ling_flow.training.curriculum import stage_configs
 from ling_flow.training.guard import GuardSettings
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 BIAS_RATE = 1e-2
 """Ten times Ling 2.0's: a run of two thousand steps must balance its experts in a hundred (docs/log.md, 2026-11-23)."""
+
+SCALED = {"short": ("general",), "mid": ("reasoning", "long_context"), "long": ("chain_of_thought",)}
+"""Stages of `tiny` and `small` → the published ones that each stands for. The two in the middle have one mixture; the
+first gives `mid` its share of reasoning, the second its longer context. The extension to 128K, which is not trained,
+has no counterpart: no document of these presets is longer than their last stage reads."""
 
 SHORT_MIXTURE = {
     "python_code": 0.2,
@@ -53,12 +59,12 @@ LONG_MIXTURE = {
 def _stages(
     model: ModelConfig, tokens: dict[str, int], lengths: tuple[int, int, int], seed: int, threads: int | None
 ) -> dict[str, PretrainConfig]:
-    """Three stages of one constant-rate run: context and rotary base grow, the share of reasoning rises, and the last
-    keeps the checkpoints that are merged."""
+    """The published curriculum, scaled (`SCALED`): one constant-rate run in which context and rotary base grow, the
+    shares of reasoning and of chains of thought rise, and the last stage keeps the checkpoints that are merged."""
     shapes = (
-        ("short", SHORT_MIXTURE, 1e4, 8, 2),
-        ("mid", MID_MIXTURE, 3e4, 5, 2),
-        ("long", LONG_MIXTURE, 1e5, 16, 10),
+        (SHORT_MIXTURE, 1e4, 8, 2),
+        (MID_MIXTURE, 3e4, 5, 2),
+        (LONG_MIXTURE, 1e5, 16, 10),
     )
     return {
         f"pretrain_{name}": PretrainConfig(
@@ -75,8 +81,13 @@ def _stages(
             seed=seed,
             threads=threads,
         )
-        for (name, mixture, rope_theta, saved, kept), length in zip(shapes, lengths, strict=True)
+        for name, (mixture, rope_theta, saved, kept), length in zip(SCALED, shapes, lengths, strict=True)
     }
+
+
+def curriculum(member: str, seed: int) -> dict[str, PretrainConfig]:
+    """The published stages of mini, flash or one_t, by name and in order (`ling_flow/training/curriculum.py`)."""
+    return {stage["stage"]: PretrainConfig(**stage, seed=seed) for stage in stage_configs(member)}
 
 
 def tiny(seed: int) -> LifecycleConfig:

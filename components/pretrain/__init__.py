@@ -18,12 +18,11 @@ from ling_flow.training.settings import (
     BatchRamp,
     CheckpointIndex,
     FP8Settings,
+    OptimizerKind,
     OptimizerSettings,
     Precision,
     StageSettings,
 )
-
-METRIC_POINTS = 200  # training metrics tracked per stage
 
 
 class PretrainConfig(StrictModel):
@@ -60,9 +59,10 @@ class PretrainConfig(StrictModel):
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up at the start of the first stage")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
     gradient_clip: float = Field(1.0, gt=0, description="largest global L2 norm of the gradient")
-    optimizer: Literal["adamw", "adamw8bit"] = Field(
+    optimizer: OptimizerKind = Field(
         "adamw",
-        description="adamw8bit: both moments of matrices in 8 bits; stages of one run must agree",
+        description="adamw8bit: both moments of matrices in 8 bits; muon: for hidden matrices, AdamW for the rest; "
+        "stages of one run must agree",
     )
     expert_bias_update_rate: float = Field(
         1e-3, ge=0, description="change of an expert's bias per step; Ling 2.0 goes to 1e-4 when the context grows"
@@ -113,10 +113,33 @@ class PretrainConfig(StrictModel):
         description="power of the training device, watts, for an estimate of the energy; null: none",
         gt=0,
     )
+    workers: int = context_field(
+        1,
+        why="workers divide a batch, not the numbers; bits are equal for equal numbers of workers",
+        description="data-parallel workers, each with a whole model; with GPUs, one GPU each",
+        gt=0,
+    )
+    run_on: Literal["processes", "ray"] = context_field(
+        "processes",
+        why="who starts the workers changes no bit",
+        description="processes of this machine; or Ray Train, on the cluster at RAY_ADDRESS, else on a local Ray",
+    )
+    restarts: int = context_field(
+        3,
+        why="a restarted run ends with the bits of an unbroken one",
+        description="times that Ray Train starts the workers again when one dies, before the step fails",
+        ge=0,
+    )
+    ray_storage: str | None = context_field(
+        None,
+        why="no result is kept there",
+        description="path or fsspec URL, seen by all nodes, for what Ray Train notes while it runs (no checkpoints); "
+        "null: below the artifact root",
+    )
     threads: int | None = context_field(
         None,
         why="how many cores a machine lends does not change the method; bits are equal for equal numbers of threads",
-        description="CPU threads; null: one per core",
+        description="CPU threads of each worker; null: one per core, divided among the workers",
         gt=0,
     )
 
@@ -192,140 +215,31 @@ def pretrain(
 
     import torch
 
-    from ling_flow.data.batches import Batches
-    from ling_flow.data.corpus import Corpus
+    from components.pretrain.worker import Job, train_stage
     from ling_flow.model.hf import read_config
-    from ling_flow.training.evaluate import mixture_loss, samples, validation_loss
-    from ling_flow.training.fp8 import Safeguard
-    from ling_flow.training.loop import StepReport
-    from ling_flow.training.saver import SaveReport
-    from ling_flow.training.speed import Cost, measured_peak
-    from ling_flow.training.stage import batch_sizes, open_stage, run_stage
     from ling_flow.training.stopping import sigterm_noticed
 
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    opened = Corpus.open(corpus.path)
-    context_before = 0 if source is None else read_config(source).max_position_embeddings
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = open_stage(
-        checkpoints.path,
-        settings,
-        stage_model(config, opened.tokenizer.vocab_size, opened.tokenizer.eos_id, context_before),
-        seed=config.seed,
-        previous=source,
-        device=device,
-        log=step.log,
-    )
-    run.model.recompute = config.recompute
-    sizes = batch_sizes(settings)
-    batches = Batches(
-        opened,
-        config.mixture,
-        settings.sequence_length,
-        sizes,
-        config.seed,
-        packing=config.packing,
-        mixture_end=config.mixture_end,
-        sequences=sizes.before(settings.steps),
-        drawn_before=run.state.drawn_before,
-    )
+    threads = config.threads or max(1, torch.get_num_threads() // config.workers)
+    job = Job(config, settings, corpus.path, checkpoints.path, source, threads)
+    result: PretrainResult | None
+    if config.run_on == "ray":
+        from components.pretrain.ray_train import RayRun, train_on_ray
 
-    cost = Cost(run.model.config, settings.sequence_length, measured_peak(device, settings.precision), config.watts)
-    evaluate_every = max(1, settings.steps // max(1, config.evaluations))
+        fingerprint = checkpoints.path.parent.stem
+        storage = config.ray_storage or str(step.root / ".ray_train")
+        result = train_on_ray(job, RayRun(f"pretrain-{fingerprint}", storage, config.workers, config.restarts), step)
+    elif config.workers > 1:
+        from components.pretrain.processes import train_in_processes
 
-    def evaluate(step_number: int) -> float:
-        losses = validation_loss(
-            run.model, opened, settings.sequence_length, config.validation_tokens, sources=batches.sources
-        )
-        loss = mixture_loss(losses, config.mixture)
-        step.metrics(
-            {"validation_loss": loss} | {f"validation_loss/{name}": value for name, value in losses.items()},
-            step=step_number,
-        )
-        return loss
-
-    def on_step(report: StepReport) -> None:
-        figures = cost.step(report.tokens, report.seconds, device)
-        done = report.step - run.state.stage_start
-        text = f"lr {report.learning_rate:.3g}" + (" (skipped: a spike)" if report.skipped else "")
-        step.progress(done, settings.steps, text, loss=report.cross_entropy, tokens_per_second=report.tokens_per_second)
-        if done % max(1, settings.steps // METRIC_POINTS) == 0 or done == settings.steps:
-            step.metrics(
-                {
-                    "loss": report.loss,
-                    "cross_entropy": report.cross_entropy,
-                    "mtp_cross_entropy": report.mtp_cross_entropy,
-                    "gradient_norm": report.gradient_norm,
-                    "learning_rate": report.learning_rate,
-                    "load_violation": report.load_violation,
-                    "tokens_per_second": report.tokens_per_second,
-                    **figures,
-                    **{
-                        f"cross_entropy/{batches.sources[source]}": loss
-                        for source, loss in report.source_cross_entropy.items()
-                    },
-                },
-                step=report.step,
-            )
-        if done < settings.steps and done % evaluate_every == 0:
-            step.log(f"step {done:,}: validation loss {evaluate(report.step):.4f}")
-            for name, text in samples(run.model, opened, batches.sources).items():
-                step.log(f"step {done:,}: {name}: {text!r}")
-
-    def on_watch(done: int, safeguard: Safeguard) -> None:
-        step.metrics(safeguard.metrics(), step=done)
-        for line in safeguard.warnings():
-            step.log(f"step {done:,}: {line}")
-
-    def on_saved(report: SaveReport) -> None:
-        step.metrics(
-            {"save_stall_seconds": report.stall_seconds, "save_seconds": report.seconds},
-            step=report.step,
-        )
-
-    with sigterm_noticed() as stop:
-        kept = run_stage(
-            run,
-            checkpoints.path,
-            batches,
-            settings,
-            tokenizer_dir=opened.path / "tokenizer",
-            on_step=on_step,
-            on_watch=on_watch,
-            on_saved=on_saved,
-            failures_per_day=config.failures_per_day,
-            stop=stop,
-            log=step.log,
-        )
-    loss = evaluate(run.state.step)
-    CheckpointIndex(
-        stage=config.stage,
-        latest=kept.window[-1].directory,
-        learning_rate=settings.optimizer.learning_rate,
-        batch_tokens=settings.batch_tokens,
-        sequence_length=settings.sequence_length,
-        mixture=config.mixture,
-        checkpoints=kept.window,
-        milestones=kept.milestones,
-    ).save(checkpoints.path)
+        result = train_in_processes(job, config.workers, step)
+    else:
+        result = train_stage(job, step, sigterm_noticed())
+    assert result is not None  # that of the first worker
+    newest = read_config(checkpoints.path / CheckpointIndex.load(checkpoints.path).latest)
     checkpoints.contract.update(
-        corpus.contract,
-        context_length=run.model.config.max_position_embeddings,
-        precision=run.model.config.torch_dtype,
+        corpus.contract, context_length=newest.max_position_embeddings, precision=newest.torch_dtype
     )
-    stage_tokens = sizes.before(settings.steps) * settings.sequence_length
-    return PretrainResult(
-        validation_loss=loss,
-        tokens_per_second=stage_tokens / run.state.seconds,
-        steps=settings.steps,
-        tokens=stage_tokens,
-        total_tokens=run.state.tokens,
-        learning_rate=settings.optimizer.learning_rate,
-        batch_tokens=settings.batch_tokens,
-        load_violation=run.state.load_violation,
-        skipped_steps=run.state.skipped_steps,
-    )
+    return result
 
 
 def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> StageSettings:

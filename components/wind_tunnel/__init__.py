@@ -71,7 +71,8 @@ def wind_tunnel(
     if finished:
         step.log(f"{len(finished)} of {len(specs)} trials were finished before")
 
-    from components.wind_tunnel.sweep import Task, ray_running, run_tasks
+    from components.ray_cluster import ray_running
+    from components.wind_tunnel.sweep import Task, run_tasks
 
     def on_done(result: TrialResult) -> None:
         result.save(folder)

@@ -1,16 +1,12 @@
-"""Run the trials of a sweep as Ray tasks, on the cluster at RAY_ADDRESS or on a Ray of our own while it lasts."""
+"""Run the trials of a sweep as Ray tasks."""
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ling_flow.errors import LingFlowError, SystemFault, UserError
-from ling_flow.private_ray import prepare_private_ray
 from ling_flow.scaling.design import TrialResult, TrialSpec
 
 ATTEMPTS = 2
@@ -23,59 +19,6 @@ class Task:
     spec: TrialSpec
     fingerprint: str
     corpus_path: Path
-
-
-@contextmanager
-def ray_running(workers: int | None) -> Iterator[None]:
-    """A connected Ray; only what is started here is shut down.
-
-    Args:
-        workers: CPUs of a Ray started here; None: one per core. A cluster that runs already brings its own.
-
-    Raises:
-        SystemFault: RAY_ADDRESS is set, but no cluster answers there.
-    """
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        prepare_private_ray()
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning for each task without GPU
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
-    if address:
-        _check_answers(address)
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise _no_cluster(address, error) from None
-    else:
-        cores = workers or len(os.sched_getaffinity(0))
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_answers(address: str) -> None:
-    """Ray itself waits for minutes where nobody listens.
-
-    Raises:
-        SystemFault: nobody listens at `address`, a `host:port` with or without `ray://`.
-    """
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except OSError as error:
-            raise _no_cluster(address, error) from None
-
-
-def _no_cluster(address: str, error: Exception) -> SystemFault:
-    return SystemFault(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error})")
 
 
 def run_task(task: Task) -> TrialResult:

@@ -2,18 +2,21 @@
 
 A step's outputs grow in `<fingerprint>.partial/`, are hashed and synced, and become the artifact by one rename: an
 artifact is there whole or not at all. On an object store the step works in a local cache; files are uploaded and the
-manifest goes last, as commit mark. Reading an output verifies each of its files. A reference to an output is the text
+manifest goes last, as commit mark. A store that is away for some minutes delays an upload or a download and does not
+end it. Reading an output verifies each of its files. A reference to an output is the text
 `<root>/<component>/<fingerprint>/<output>`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +24,12 @@ from typing import Any
 
 from ling_flow.config import StrictModel, parse
 from ling_flow.errors import SystemFault, UserError
+from ling_flow.flow import events
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+PATIENCE_SECONDS = 300.0  # an object store may be away for so long while files are copied
+RETRY_SECONDS = (1.0, 15.0)  # first and longest pause before another try
 
 
 class File(StrictModel):
@@ -204,6 +210,7 @@ class ArtifactStore:
     def describe_files(self, component: str, fingerprint: str) -> list[File]:
         """Hash and sync everything in the partial directory."""
         directory = self.partial(component, fingerprint)
+        (directory / MANIFEST).unlink(missing_ok=True)  # of an earlier try, which could not be uploaded
         files = []
         for path in sorted(directory.rglob("*")):
             if path.is_symlink():
@@ -216,7 +223,12 @@ class ArtifactStore:
         return files
 
     def commit(self, manifest: Manifest) -> None:
-        """The partial directory becomes the artifact, in place of an older one."""
+        """The partial directory becomes the artifact, in place of an older one. It is uploaded first: if that fails, a
+        resumable step still has what it made.
+
+        Raises:
+            SystemFault: the object store was away for too long, or refuses.
+        """
         partial = self.partial(manifest.component, manifest.fingerprint)
         final = partial.with_name(manifest.fingerprint)
         text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -226,6 +238,8 @@ class ArtifactStore:
             os.fsync(stream.fileno())
         for directory, _, _ in os.walk(partial):
             _sync_directory(Path(directory))
+        if self.remote:
+            self._upload(manifest, partial)
         old = partial.with_name(f"{manifest.fingerprint}.old")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -233,18 +247,18 @@ class ArtifactStore:
         partial.rename(final)
         _sync_directory(final.parent)
         shutil.rmtree(old, ignore_errors=True)
-        if self.remote:
-            self._upload(manifest, final)
 
     def _upload(self, manifest: Manifest, directory: Path) -> None:
         target = f"{self.root}/{manifest.component}/{manifest.fingerprint}"
+
+        def remove_manifest() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.remote.rm_file(f"{target}/{MANIFEST}")
+
         with _remote_errors(target):
-            if self.remote.exists(f"{target}/{MANIFEST}"):
-                self.remote.rm_file(
-                    f"{target}/{MANIFEST}"
-                )  # first, so that a broken upload leaves no half-old artifact
+            _patiently(target, remove_manifest)  # first, so that a broken upload leaves no half-old artifact
             for name in [*(file.path for file in manifest.files), MANIFEST]:
-                self.remote.put_file(str(directory / name), f"{target}/{name}")
+                _patiently(f"{target}/{name}", self.remote.put_file, str(directory / name), f"{target}/{name}")
 
     def _verify(self, file: File, directory: Path, manifest: Manifest) -> None:
         """See that a file is in `directory` and whole; where the artifact is remote, copy it there first."""
@@ -254,8 +268,9 @@ class ArtifactStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f"{path.name}.{os.getpid()}.download")
             try:
-                with _remote_errors(f"{shown}/{file.path}"):
-                    self.remote.get_file(f"{shown}/{file.path}", str(temporary))
+                where = f"{shown}/{file.path}"
+                with _remote_errors(where):
+                    _patiently(where, self.remote.get_file, where, str(temporary))
                 temporary.rename(path)
             except FileNotFoundError:
                 path.unlink(missing_ok=True)
@@ -315,3 +330,31 @@ def _remote_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SystemFault(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _patiently(where: str, call: Callable[..., object], *arguments: str) -> None:
+    """Make a call; where it fails because the object store is away, again and again for `PATIENCE_SECONDS`."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    pause, longest = RETRY_SECONDS
+    while True:
+        try:
+            call(*arguments)
+            return
+        except Exception as error:
+            if not _passing(error) or time.monotonic() + pause > until:
+                raise
+            if pause == RETRY_SECONDS[0]:
+                reason = " ".join(str(error).split())[:200]
+                events.emit("log", step="artifacts", text=f"{where}: the store is away, will be tried again ({reason})")
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
+
+
+def _passing(error: Exception) -> bool:
+    """Whether an object store may do later what it failed to do now: it is away or busy, and does not refuse."""
+    if isinstance(error, OSError):
+        refusals = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+        return not isinstance(error, refusals) and error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    # Names that botocore and aiohttp (there where s3fs or gcsfs is) have for lost connections.
+    away = {"ConnectionError", "HTTPClientError", "ClientConnectionError", "ClientPayloadError"}
+    return any(kind.__name__ in away for kind in type(error).__mro__)

@@ -35,7 +35,8 @@ __all__ = [
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-FINISH_SECONDS = 10.0  # how long the end of a step may wait for the store
+FINISH_SECONDS = 10.0  # how long the end of a step may wait for a store that never answered
+RETURN_SECONDS = 120.0  # and for one that did, and will be back
 
 
 class NullTracker:
@@ -74,7 +75,8 @@ class NullTracker:
         return None
 
     def finish(self, result: Mapping[str, Any], status: str = "finished") -> None:
-        """The step ends, `status` is finished, failed or killed; waits at most ten seconds for the store."""
+        """The step ends, `status` is finished, failed or killed; waits at most ten seconds for a store that has not
+        answered since the step began, two minutes for one that has."""
 
 
 class Tracker(NullTracker):
@@ -150,7 +152,7 @@ class Tracker(NullTracker):
         if self._adopted is None:  # an adopted run is closed by whoever made it
             ended = store.now_ms()
             self._outbox.put(lambda: self._api.set_terminated(self._run, status.upper(), ended))
-        self._outbox.close(FINISH_SECONDS)
+        self._outbox.close(FINISH_SECONDS if self.run_id is None else RETURN_SECONDS)
 
     def _warn(self, text: str) -> None:
         events.emit("log", step=self._label, text=text)

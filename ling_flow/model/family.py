@@ -24,6 +24,7 @@ class Published:
     checkpoint_bfloat16: int | None  # parameters by the checkpoint's metadata: without MTP layer and expert biases
     checkpoint_float32: int | None  # expert biases by the checkpoint's metadata
     learning_rate: float  # report, Table 1; by the scaling law it fixes the compute of the run
+    batch_sequences: int  # report, Table 1; the unit, sequences of 4096 tokens, is what the batch-size law gives
     layout: Layout  # to estimate memory by: where its authors give none, one of ours for GPUs of 80 GB
 
     @property
@@ -35,12 +36,22 @@ class Published:
 
 FAMILY = {
     # The README's throughput table starts at 8 GPUs of 80 GB; its training scripts use 8-way expert parallelism.
-    "mini": Published("Ling-mini-2.0", 16e9, 1.4e9, 789e6, None, None, 3.36e-4, Layout(data=8, expert=8)),
+    "mini": Published("Ling-mini-2.0", 16e9, 1.4e9, 789e6, None, None, 3.36e-4, 4400, Layout(data=8, expert=8)),
     "flash": Published(
-        "Ling-flash-2.0", 103e9, 6.1e9, 4.8e9, 102_889_697_280, 7_936, 2.61e-4, Layout(data=16, expert=8, pipeline=4)
+        "Ling-flash-2.0",
+        103e9,
+        6.1e9,
+        4.8e9,
+        102_889_697_280,
+        7936,
+        2.61e-4,
+        8352,
+        Layout(data=16, expert=8, pipeline=4),
     ),
     # Report, Fig. 14: 2016 GPUs, TP1 EP8 PP21, hence 96 data-parallel ranks; full recomputation.
-    "one_t": Published("Ling-1T", 1000e9, 51e9, None, None, None, 1.86e-4, Layout(data=96, expert=8, pipeline=21)),
+    "one_t": Published(
+        "Ling-1T", 1000e9, 51e9, None, None, None, 1.86e-4, 18144, Layout(data=96, expert=8, pipeline=21)
+    ),
 }
 """The presets that are models only: no pipeline preset trains them here."""
 

@@ -6,15 +6,20 @@ up to the order of float32 sums. So any number of workers can go on from any che
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed, nn
 
 from ling_flow.data.batches import Batch
-from ling_flow.errors import UserError
+from ling_flow.errors import SystemFault, UserError
 
 BUCKET_BYTES = 2**26  # gradients reduced at a time
+
+
+class WorkerLost(SystemFault):
+    """Another worker is no longer there; what happened to it, this one does not know."""
 
 
 class DataParallel:
@@ -43,17 +48,28 @@ class DataParallel:
     def sum_(self, value: Tensor) -> Tensor:
         """The sum over workers, in place."""
         if self.workers > 1:
-            distributed.all_reduce(value)
+            with _together():
+                distributed.all_reduce(value)
         return value
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is set on any worker."""
         return flag if self.workers == 1 else bool(self.sum_(torch.tensor(float(flag), device=device)))
 
+    def agree(self, value: int, device: torch.device) -> bool:
+        """Whether all workers have the same `value`."""
+        if self.workers == 1:
+            return True
+        ends = torch.tensor([value, -value], device=device)
+        with _together():
+            distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+        return bool(ends[0] == -ends[1])
+
     def wait(self) -> None:
         """Until all workers are here."""
         if self.workers > 1:
-            distributed.barrier()
+            with _together():
+                distributed.barrier()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Each parameter's gradient becomes the sum over workers. One without a gradient counts as zero: another
@@ -75,6 +91,19 @@ class DataParallel:
 
     def _sum_bucket(self, gradients: list[Tensor]) -> None:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        distributed.all_reduce(flat)
+        with _together():
+            distributed.all_reduce(flat)
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """
+    Raises:
+        WorkerLost: the operation of all workers failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # what gloo and NCCL raise
+        raise WorkerLost(f"another worker is gone ({str(error).strip().splitlines()[-1]})") from error

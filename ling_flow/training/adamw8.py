@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from ling_flow.kernels.adamw8 import Moments, Rates, adamw8_, new_moments
+from ling_flow.training.adamw import adamw_
 
 LEAST_ELEMENTS = 4096  # smaller parameters, and vectors, keep float32 moments: they cost nothing and matter most
 MOMENTS = Moments._fields
@@ -46,38 +46,18 @@ class AdamW8bit(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros(())  # on the CPU: reading it waits for nothing
-                    if self.in_8_bits(parameter):
-                        state.update(new_moments(parameter)._asdict())
-                    else:
-                        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-                        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                 if not self.in_8_bits(parameter):
                     wide.append(parameter)
                     continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())  # on the CPU: reading it waits for nothing
+                    state.update(new_moments(parameter)._asdict())
                 state["step"] += 1
                 rates = Rates(int(state["step"]), group["lr"], group["betas"], group["eps"], group["weight_decay"])
                 adamw8_(parameter, parameter.grad, Moments(*(state[name] for name in MOMENTS)), rates)
-            self._step_float32(wide, group)
+            adamw_(wide, self.state, group)
         return loss
-
-    def _step_float32(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        if not parameters:
-            return
-        states = [self.state[parameter] for parameter in parameters]
-        beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=False,
-        )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's; the codes come back as the bytes they were."""

@@ -2,7 +2,8 @@
 
     step-00001234/              config.json, model.safetensors, tokenizer files
     step-00001234/training_state/
-        optimizer.safetensors   moments and step counts of AdamW by parameter name; of 8 bits, codes and scales
+        optimizer.safetensors   the optimizer's state by parameter name: moments and step counts of AdamW, of 8 bits
+                                codes and scales, momentum of Muon
         state.json              TrainingState; training draws no random numbers, so there is no generator to save
         files.json              size and SHA-256 of every other file of the checkpoint; what has it is whole
 
@@ -29,7 +30,8 @@ from ling_flow.model.checkpoint_files import TensorSpec, write_tensors
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.hf import save_state
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
-from ling_flow.training.adamw8 import MOMENTS, AdamW8bit
+from ling_flow.training.adamw8 import MOMENTS
+from ling_flow.training.optimizer import state_of
 from ling_flow.training.settings import TrainingState
 
 TRAINING_STATE = "training_state"
@@ -162,19 +164,21 @@ def load_training_state(
     state = parse(TrainingState, text, str(folder / _STATE))
     for name, parameter in model.named_parameters():
         moments = {key: tensors.pop(f"{name}:{key}") for key in _MOMENTS if f"{name}:{key}" in tensors}
-        if moments and moments["exp_avg"].shape != parameter.shape:
-            shape = list(moments["exp_avg"].shape)
+        if not moments:
+            continue
+        first = moments["exp_avg" if "exp_avg" in moments else "momentum_buffer"]
+        if first.shape != parameter.shape:
+            shape = list(first.shape)
             raise UserError(f"{folder / _OPTIMIZER}: moments of {name} have shape {shape}, not {list(parameter.shape)}")
-        if moments and ("exp_avg_scale" in moments) != _in_8_bits(optimizer, parameter):
+        if set(moments) != state_of(optimizer, parameter):
             raise UserError(
                 f"{folder / _OPTIMIZER}: moments of {name} are those of another optimizer; "
-                "adamw and adamw8bit cannot go on from each other"
+                "adamw, adamw8bit and muon cannot go on from each other"
             )
-        if moments:
-            on_cpu = {"step"}  # where AdamW keeps it
-            optimizer.state[parameter] = {
-                key: value if key in on_cpu else value.to(parameter.device) for key, value in moments.items()
-            }
+        on_cpu = {"step"}  # where AdamW keeps it
+        optimizer.state[parameter] = {
+            key: value if key in on_cpu else value.to(parameter.device) for key, value in moments.items()
+        }
     if tensors:
         raise UserError(f"{folder / _OPTIMIZER}: holds {min(tensors)}, which the model does not have")
     return state
@@ -194,11 +198,7 @@ def remove_checkpoint(directory: Path) -> None:
         shutil.rmtree(leftover)
 
 
-_MOMENTS = ("step", *MOMENTS)
-
-
-def _in_8_bits(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:
-    return isinstance(optimizer, AdamW8bit) and optimizer.in_8_bits(parameter)
+_MOMENTS = ("step", *MOMENTS, "momentum_buffer")
 
 
 def _describe(directory: Path) -> dict[str, dict[str, int | str]]:

@@ -15,20 +15,25 @@ from ling_flow.training.retention import Retention
 
 INDEX_FILE = "checkpoints.json"
 
+OptimizerKind = Literal["adamw", "adamw8bit", "muon"]
+
 Precision = Literal["float32", "bfloat16", "fp8"]
 """Of activations and products in training. Weights, router, loss and optimizer are float32 in each."""
 
 
 class OptimizerSettings(StrictModel):
-    """AdamW as Ling 2.0 trains with it (§3.2); eps is that of Ling-1, since the report does not state it."""
+    """AdamW as Ling 2.0 trains with it (§3.2); eps is that of Ling-1, since the report does not state it. With Muon,
+    learning rate and weight decay are the same two numbers: its updates have about the size of AdamW's."""
 
     learning_rate: float = Field(gt=0, description="peak learning rate, per step")
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the first and second moment, per step")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices, per unit of learning rate")
     gradient_clip: float = Field(1.0, gt=0, description="largest global L2 norm of the gradient")
-    optimizer: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit keeps both moments of matrices in 8 bits, with a float32 scale per block of 256"
+    optimizer: OptimizerKind = Field(
+        "adamw",
+        description="adamw8bit keeps both moments of matrices in 8 bits, with a float32 scale per block of 256; muon "
+        "orthogonalises the updates of hidden matrices and leaves embedding, head, router and vectors to AdamW",
     )
 
     @model_validator(mode="after")
@@ -71,7 +76,7 @@ class StageSettings(StrictModel):
     sequences_per_forward: int = Field(
         gt=0, description="sequences per forward pass; the rest by gradient accumulation"
     )
-    optimizer: OptimizerSettings = Field(description="AdamW")
+    optimizer: OptimizerSettings = Field(description="how weights are updated")
     warmup_steps: int = Field(ge=0, description="steps of linear warm-up at the very start of the run")
     expert_bias_update_rate: float = Field(ge=0, description="change of an expert's bias per step")
     router_loss: RouterLoss = Field(RouterLoss(), description="optional losses on the routers")

@@ -236,6 +236,7 @@ def test_bad_budgets_sources_and_vocabularies_are_refused_before_training(root, 
 
 def test_what_changes_no_bit_does_not_bear_identity():
     context = {"threads", "recompute", "watts", "failures_per_day", "resumable_checkpoints"}
+    context |= {"workers", "run_on", "restarts", "ray_storage"}
     assert not context & identity_of(PretrainConfig(**config())).keys()
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from components.prepare_data import PrepareDataConfig, prepare_data
+from components.ray_cluster import ray_running
 from components.wind_tunnel import WindTunnelConfig, wind_tunnel
-from components.wind_tunnel.sweep import Task, ray_running, run_tasks
+from components.wind_tunnel.sweep import Task, run_tasks
 from ling_flow.config import identity_of
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow.artifact import ArtifactStore
@@ -133,7 +134,7 @@ def test_failing_trials_are_retried_then_named_and_the_others_finish(tmp_path):
         return made_up(task)
 
     done: list[str] = []
-    with ray_running(workers=2), pytest.raises(SystemFault, match="1 of 4 trials failed 2 times") as raised:
+    with ray_running(cpus=2), pytest.raises(SystemFault, match="1 of 4 trials failed 2 times") as raised:
         run_tasks(all_tasks, lambda result: done.append(result.name), function=flaky)
     assert broken in str(raised.value) and "no memory for that" in str(raised.value)
     assert sorted(done) == sorted(task.spec.name for task in all_tasks if task.spec.name != broken)
@@ -147,8 +148,8 @@ def test_an_error_of_the_user_is_not_retried_and_a_ray_of_others_is_left_running
         (task.corpus_path / f"{task.fingerprint}-{time.time_ns()}").touch()
         raise UserError(f"{task.corpus_path}: damaged")
 
-    with ray_running(workers=1):
-        with ray_running(workers=1), pytest.raises(UserError, match=r"^/.*: damaged$"):
+    with ray_running(cpus=1):
+        with ray_running(cpus=1), pytest.raises(UserError, match=r"^/.*: damaged$"):
             run_tasks(tasks(tmp_path)[:1], lambda result: None, function=refused)
         assert ray.is_initialized()
     assert not ray.is_initialized()
@@ -158,7 +159,7 @@ def test_an_error_of_the_user_is_not_retried_and_a_ray_of_others_is_left_running
 @pytest.mark.slow
 def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(SystemFault, match=r"RAY_ADDRESS: .*127\.0\.0\.1:1"), ray_running(workers=1):
+    with pytest.raises(SystemFault, match=r"RAY_ADDRESS: .*127\.0\.0\.1:1"), ray_running(cpus=1):
         pass
 
 

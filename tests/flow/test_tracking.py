@@ -1,9 +1,5 @@
 import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +9,7 @@ import pytest
 from ling_flow.flow import mlflow_store, tracking
 from ling_flow.flow.context import Context
 from ling_flow.flow.tracking import NullTracker, finish_dag_run, open_tracker, record_cached, start_dag_run
+from tests.flow.mlflow_server import Server, free_port
 
 PARENT = {"corpus": {"ref": "/root/prepare_data/abc/corpus", "fingerprint": "abc/corpus"}}
 
@@ -159,42 +156,6 @@ def test_a_store_that_is_away_costs_one_warning(
     told = capfd.readouterr().err
     assert told.count("does not answer") == 1
     assert "part of the record is lost" in told
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Server:
-    """A real tracking server that can go away and come back with its data."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.port = directory, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.directory}/server.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.directory / "artifacts")]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=self.directory
-        )
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-                return
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError("the tracking server did not come up")
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, 15)
-            self.process.wait()
-            self.process = None
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
     python -m tests.training.test_golden            # writes the files again, after a change that is meant
 
-The curves are exact on the machine that wrote them; another processor's matrix products round otherwise, which grows
-to a few millionths over these steps.
+In float64: in float32 another processor's matrix products round otherwise, and where a token's experts are nearly tied
+it goes to another one, which moved a loss by 0.1 % after seven steps. Losses are told in float32.
 """
 
 import json
@@ -43,6 +43,7 @@ def curve(seed: int) -> list[StepReport]:
     torch.set_num_threads(1)
     model = BailingMoeV2ForCausalLM(tiny())
     model.init_weights(seed)
+    model.double()
     settings = OptimizerSettings(learning_rate=2e-3)
     reports: list[StepReport] = []
     train(
@@ -70,7 +71,7 @@ def one_worker(rank: int, workers: int, store: str, results: str) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_curve_is_the_one_on_file(seed: int) -> None:
-    assert [report.loss for report in curve(seed)] == pytest.approx(golden(seed), rel=1e-4)
+    assert [report.loss for report in curve(seed)] == pytest.approx(golden(seed), rel=1e-6)
 
 
 @pytest.mark.parametrize("workers", [2])

@@ -1,0 +1,86 @@
+"""The Ray that a step runs its workers on: the cluster at RAY_ADDRESS, or a Ray of our own while it lasts."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ling_flow.errors import SystemFault
+from ling_flow.private_ray import prepare_private_ray
+
+OBJECT_STORE_BYTES = 2**27  # corpora and checkpoints travel by path; results are small
+
+
+@contextmanager
+def ray_running(cpus: int | None) -> Iterator[None]:
+    """A connected Ray; only what is started here is shut down.
+
+    Args:
+        cpus: of a Ray started here; None: one per core. A cluster that runs already brings its own.
+
+    Raises:
+        SystemFault: RAY_ADDRESS is set, but no cluster answers there.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        prepare_private_ray()
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning for each task without GPU
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    if address:
+        _check_answers(address)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise _no_cluster(address, error) from None
+    else:
+        ray.init(
+            address="local",
+            num_cpus=cpus or len(os.sched_getaffinity(0)),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_alive() -> None:
+    """To be asked often by who waits for a Ray started here: Ray takes 10 s and longer to see that it is dead, and then
+    ends this process with exit code 1.
+
+    Raises:
+        SystemFault: a process without which it cannot go on is dead.
+    """
+    from ray._private import worker  # no public name tells
+
+    node = worker._global_node
+    dead = {kind for kind, _ in node.dead_processes()} & {"raylet", "gcs_server"} if node is not None else ()
+    if dead:
+        raise SystemFault(f"the local Ray is dead ({', '.join(sorted(dead))} ended); run again to go on")
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for minutes where nobody listens.
+
+    Raises:
+        SystemFault: nobody listens at `address`, a `host:port` with or without `ray://`.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> SystemFault:
+    return SystemFault(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error})")
