@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,15 +25,23 @@ STEPS = 200
 
 
 class Remembering(Tracker):
-    """A tracker that also keeps what it is told."""
+    """A tracker that also keeps what it is told, and holds training up: until MLflow has answered for the first time,
+    which can take longer than all of it, and a little at every step, so that the server goes in the middle."""
 
     def __init__(self, uri: str) -> None:
         self.told: set[tuple[str, int, float]] = set()
         super().__init__(uri, mlflow_store.EXPERIMENT, None, None)
 
+    def start_step(self, *arguments: Any) -> None:
+        super().start_step(*arguments)
+        until = time.monotonic() + 200
+        while self.run_id is None and time.monotonic() < until:
+            time.sleep(0.05)
+
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self.told |= {(name, step, value) for name, value in values.items()}
         super().metrics(values, step)
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -67,8 +76,6 @@ def test_metrics_of_every_step_are_there_after_the_server_was_gone(
 
     def fault() -> None:
         newest[0] = wait_for_checkpoint_after(0)
-        while tracker.run_id is None and newest[0] < STEPS:
-            newest[0] = wait_for_checkpoint_after(newest[0])
         server.stop(signal.SIGKILL)
         time.sleep(AWAY_SECONDS)
         newest[1] = wait_for_checkpoint_after(newest[0])
