@@ -1,6 +1,6 @@
 """Every kernel on one GPU: time, share of the floor, and the peers that can be imported, in one table.
 
-    python benchmarks/kernels.py --json kernels.json         # all, within 7 minutes
+    python benchmarks/kernels.py --json kernels.json         # what fits into 7 minutes (--budget)
     python benchmarks/kernels.py --only "quantise" --sweep   # some, with every candidate of tile sizes
     python benchmarks/kernels.py --compile 8 …               # only compile what would be measured, in 8 processes
     python benchmarks/kernels.py --list                      # the cases and their floors; needs no GPU

@@ -179,7 +179,7 @@ def _rows(member: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Curriculum: tokens × length, reasoning", ""
     for stage in curriculum["stages"]:
         mixture = stage["mixture"]
-        reasoning = 1 - mixture["general"] / (1 - mixture.get("long_documents", 0))  # of what is not long documents
+        reasoning = 1 - mixture["general"] - mixture.get("long_documents", 0)
         label = f"  {stage['stage'].replace('_', ' ')}"
         yield label, f"{_short(stage['tokens'])} × {stage['sequence_length']:,}, {reasoning:.0%}"
     reach = int(extension["factor"] * extension["original_max_position_embeddings"])

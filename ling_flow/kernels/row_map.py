@@ -1,7 +1,7 @@
 """Where each (token, choice) pair lies among the rows that the experts work on: an index map, not a padded copy.
 
-The rows of an expert are contiguous and begin at a multiple of 16, so that a transposed FP8 operand can be read 16
-bytes at a time (Ling 2.0 §5.2 pads the routing map to 16 for the same reason). A row of padding belongs to no token.
+The rows of an expert are contiguous and begin at a multiple of 16, as torch's `grouped_mm` needs them where it sums
+over rows (Ling 2.0 §5.2 pads the routing map to 16 as well). A row of padding belongs to no token.
 
 On CUDA it is a counting sort without a sort: blocks of tokens count their pairs per expert, then each pair's place is
 its expert's start + those of earlier blocks + those of earlier tokens of its own. Two kernels, deterministic, and the
