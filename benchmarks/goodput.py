@@ -3,11 +3,12 @@
     python benchmarks/goodput.py                                # about 10 minutes: kills every 60 s on average
     python benchmarks/goodput.py --preset tiny --minutes 1.5 --kill-seconds 10 --json figures.json
 
-A model of a preset (default `small`) on random tokens. First the step and the save are measured without a kill; from
-these comes the interval of the formula (Ling 2.0, appendix A). Then it, its half and its double are each given the same
-time and the same seeded kills (`kill -9`, exponential gaps). Useful are the steps that counted in the end × the median
-step measured first; the rest of the time went into saving, steps that were lost, and starting again. One run has few
-kills: repeat it before you tell neighbouring intervals apart.
+A model of a preset (default `small`) on random tokens. First a step, what a save takes from training, and a start are
+measured without a kill; from these come the interval of the formula (Ling 2.0, appendix A) and the share that it
+expects. Then the interval, its half and its double are each given the same time and the same seeded kills (`kill -9`,
+exponential gaps). Useful are the steps that counted in the end × the median step measured first; the rest of the time
+went into saving, steps that were lost, and starting again. One run has few kills: repeat it before you tell
+neighbouring intervals apart.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,7 +38,7 @@ from ling_flow.training.settings import OptimizerSettings, StageSettings
 
 DAY = 86_400
 LENGTH, SEQUENCES = 256, 2
-CALIBRATION_STEPS, CALIBRATION_SAVES = 8, 4
+CALIBRATION_STEPS, CALIBRATION_SAVES = 12, 3
 SETTINGS = StageSettings(
     stage="goodput",
     steps=1_000_000,  # more than there is time for
@@ -67,21 +69,23 @@ class RandomRows:
 
 
 class FixedClock(SaveClock):
-    """Saves at a given interval."""
+    """Saves at a given interval, and measures what a save costs as ever."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(failures_per_day=1)
         self.saved()
-        self.interval = seconds
+        self.seconds = seconds
 
-    def measured(self, stall_seconds: float, seconds: float) -> None:
-        """The interval stays."""
+    @property
+    def interval(self) -> float:
+        return self.seconds
 
 
 def train(directory: Path, preset: str, interval: float, threads: int) -> None:
     """The process that is killed: a line of `lines.jsonl` for every step and every save."""
     torch.set_num_threads(threads)
-    stages.SaveClock = lambda failures_per_day: FixedClock(interval)  # type: ignore[assignment, misc]
+    clock = FixedClock(interval)
+    stages.SaveClock = lambda failures_per_day: clock  # type: ignore[assignment, misc]
     (directory / "tokenizer").mkdir(parents=True, exist_ok=True)
     checkpoints = directory / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
@@ -96,7 +100,7 @@ def train(directory: Path, preset: str, interval: float, threads: int) -> None:
             SETTINGS,
             tokenizer_dir=directory / "tokenizer",
             on_step=lambda report: print(json.dumps({"step": report.step, "seconds": report.seconds}), file=lines),
-            on_saved=lambda report: print(json.dumps({"save": report.step, **report._asdict()}), file=lines),
+            on_saved=lambda report: print(json.dumps({"save": report.step, "cost": clock.cost}), file=lines),
         )
 
 
@@ -124,24 +128,34 @@ def lines_of(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in found if line.endswith("}")]
 
 
-def calibrate(directory: Path, trainers: Trainers) -> tuple[float, float]:
-    """Seconds of a step without saves, and for which a save holds training up: medians."""
-    process = trainers.start(directory / "steps", 1e9)
-    while sum("step" in line for line in lines_of(directory / "steps")) < CALIBRATION_STEPS + 3:
+class Costs(NamedTuple):
+    """Medians, in seconds: a step without saves, what a save takes from training, from a start to the first step."""
+
+    step: float
+    save: float
+    restart: float
+
+
+def calibrate(directory: Path, trainers: Trainers) -> Costs:
+    """What a step, a save and a start take where nothing is killed."""
+    plain, saving = directory / "steps", directory / "saves"
+    started = time.monotonic()
+    process = trainers.start(plain, 1e9)
+    restart = 0.0
+    while len(lines := lines_of(plain)) < CALIBRATION_STEPS + 3:
+        restart = restart if lines else time.monotonic() - started
+        time.sleep(0.1)
+        if process.poll() is not None:
+            sys.exit(f"the trainer ended by itself with {process.returncode}")
+    kill(process)
+    step = statistics.median(line["seconds"] for line in lines[3:])
+    process = trainers.start(saving, CALIBRATION_STEPS * step)
+    while len(costs := [line["cost"] for line in lines_of(saving) if line.get("cost")]) < CALIBRATION_SAVES:
         time.sleep(0.5)
         if process.poll() is not None:
             sys.exit(f"the trainer ended by itself with {process.returncode}")
     kill(process)
-    steps = [line["seconds"] for line in lines_of(directory / "steps") if "seconds" in line][3:]
-    step = statistics.median(steps)
-    process = trainers.start(directory / "saves", 5 * step)
-    while sum("save" in line for line in lines_of(directory / "saves")) < CALIBRATION_SAVES:
-        time.sleep(0.5)
-        if process.poll() is not None:
-            sys.exit(f"the trainer ended by itself with {process.returncode}")
-    kill(process)
-    stalls = [line["stall_seconds"] for line in lines_of(directory / "saves") if "save" in line][1:]  # buffers are new
-    return step, statistics.median(stalls)
+    return Costs(step, statistics.median(costs), restart)
 
 
 def measure(
@@ -182,25 +196,26 @@ def main() -> None:
         return
     trainers = Trainers(arguments.preset, arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        step, stall = calibrate(Path(scratch), trainers)
+        costs = calibrate(Path(scratch), trainers)
         failures = DAY / arguments.kill_seconds
-        best = best_interval(stall, failures)
-        print(f"step {step:.3f} s, stall of a save {stall:.3f} s: best interval {best:.1f} s")
+        best = best_interval(costs.save, failures)
+        print(f"step {costs.step:.3f} s, a save costs {costs.save:.3f} s, a start {costs.restart:.1f} s")
+        print(f"best interval {best:.1f} s")
         print(f"{'interval':>12} {'seconds':>8} {'kills':>6} {'made':>6} {'counted':>8} {'useful':>7} {'formula':>8}")
         rows = []
         for name, factor in (("formula / 2", 0.5), ("formula", 1.0), ("formula × 2", 2.0)):
             seconds = 60 * arguments.minutes / 3
             row = measure(trainers, Path(scratch) / name, factor * best, seconds, arguments.kill_seconds)
-            useful = row["steps_counted"] * step / seconds
-            predicted = 1 - expected_loss(factor * best, stall, failures) / DAY  # without starting again
-            rows.append({**row, "name": name, "useful": useful, "predicted_without_restarts": predicted})
+            useful = row["steps_counted"] * costs.step / seconds
+            predicted = 1 - expected_loss(factor * best, costs.save, failures, costs.restart) / DAY
+            rows.append({**row, "name": name, "useful": useful, "predicted": predicted})
             print(
                 f"{name:>12} {factor * best:8.1f} {row['kills']:6} {row['steps_made']:6} {row['steps_counted']:8} "
                 f"{useful:7.1%} {predicted:8.1%}",
                 flush=True,
             )
     if arguments.json:
-        figures = {"step_seconds": step, "stall_seconds": stall, "kill_seconds": arguments.kill_seconds, "rows": rows}
+        figures = {"seconds": costs._asdict(), "kill_seconds": arguments.kill_seconds, "rows": rows}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -11,11 +11,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ling_flow.kernels.products import slow
 
 
 def causal_attention(query_BHSC: Tensor, key_BKSC: Tensor, value_BKSC: Tensor) -> Tensor:
     """Attention (B, H, S, C) of every position to itself and those before it."""
+    if slow(query_BHSC):  # keeps the bfloat16 operands, and is done again for the backward pass
+        out: Tensor = checkpoint(
+            _wide_attention, query_BHSC, key_BKSC, value_BKSC, use_reentrant=False, preserve_rng_state=False
+        )
+        return out
     return functional.scaled_dot_product_attention(query_BHSC, key_BKSC, value_BKSC, is_causal=True, enable_gqa=True)
+
+
+def _wide_attention(query_BHSC: Tensor, key_BKSC: Tensor, value_BKSC: Tensor) -> Tensor:
+    wide = causal_attention(query_BHSC.float(), key_BKSC.float(), value_BKSC.float())
+    return wide.to(query_BHSC.dtype)
 
 
 def packed_attention(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, lengths: Sequence[int]) -> Tensor:

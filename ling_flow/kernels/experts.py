@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ling_flow.kernels.experts_triton import routed_experts_triton
+from ling_flow.kernels.products import matmul, slow
 from ling_flow.kernels.swiglu import swiglu_backward, swiglu_forward
 
 # bfloat16 products are compiled per shape by the CPU library, which costs milliseconds and is remembered for some
@@ -86,19 +87,19 @@ class Rows:
     def matmul(self, left_RA: Tensor, right_EAB: Tensor) -> Tensor:
         """Each expert's rows times its matrix (R, B)."""
         if self.batched:
-            return torch.bmm(self._by_expert(left_RA), right_EAB).flatten(0, 1)
+            return matmul(self._by_expert(left_RA), right_EAB).flatten(0, 1)
         out_RB = left_RA.new_empty(len(self.token_R), right_EAB.shape[-1])
         for expert, rows in self._filled():
-            torch.mm(left_RA[rows], right_EAB[expert], out=out_RB[rows])
+            _mm(left_RA[rows], right_EAB[expert], out_RB[rows])
         return out_RB
 
     def outer(self, left_RA: Tensor, right_RB: Tensor) -> Tensor:
         """leftᵀ·right over each expert's rows (E, A, B): the gradient of its matrix."""
         if self.batched:
-            return torch.bmm(self._by_expert(left_RA).transpose(1, 2), self._by_expert(right_RB))
+            return matmul(self._by_expert(left_RA).transpose(1, 2), self._by_expert(right_RB))
         out_EAB = left_RA.new_zeros(len(self.sizes), left_RA.shape[-1], right_RB.shape[-1])
         for expert, rows in self._filled():
-            torch.mm(left_RA[rows].T, right_RB[rows], out=out_EAB[expert])
+            _mm(left_RA[rows].T, right_RB[rows], out_EAB[expert])
         return out_EAB
 
     def _by_expert(self, rows_RA: Tensor) -> Tensor:
@@ -111,6 +112,13 @@ class Rows:
                 found.append((expert, slice(end, end + size)))
             end += size
         return found
+
+
+def _mm(left_AB: Tensor, right_BC: Tensor, out_AC: Tensor) -> None:
+    if slow(left_AB):
+        out_AC.copy_(left_AB.float() @ right_BC.float())
+    else:
+        torch.mm(left_AB, right_BC, out=out_AC)
 
 
 def _pads(counts: list[int], dtype: torch.dtype) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ling_flow.kernels._triton import jit, narrow, next_power_of_2, tl
+from ling_flow.kernels.products import matmul
 
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}  # logits at a time; on a CPU they should stay in the cache
 VECTOR = 16  # bytes that a thread reads at a time
@@ -56,13 +57,13 @@ def _chunks(hidden_TD: Tensor, head_VD: Tensor) -> Iterator[slice]:
 
 
 def _logits(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
-    return (hidden_CD @ head_VD.T).to(_wide(hidden_CD))
+    return matmul(hidden_CD, head_VD.T).to(_wide(hidden_CD))
 
 
 def _add_product(sum_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
     """sum += gradᵀ · hidden."""
     if not sum_VD.is_cuda:  # addmm_ is up to 4 times as fast where (V, D) is large, and changes bits where it is small
-        sum_VD += grad_CV.T @ hidden_CD
+        sum_VD += matmul(grad_CV.T, hidden_CD)
     elif sum_VD.dtype == hidden_CD.dtype:
         sum_VD.addmm_(grad_CV.T, hidden_CD)
     else:
@@ -88,7 +89,7 @@ def _backward(
     # Scaling the (C, D) sides is cheaper than scaling (C, V).
     scaled_CD = hidden_CD if scale_C1 is None else hidden_CD * scale_C1.to(hidden_CD.dtype)
     _add_product(grad_head_VD, grad_CV, scaled_CD)
-    grad_CD = grad_CV @ head_VD
+    grad_CD = matmul(grad_CV, head_VD)
     return grad_CD if scale_C1 is None else grad_CD * scale_C1.to(grad_CD.dtype)
 
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ling_flow.kernels.embedding import embedding
 from ling_flow.kernels.experts import routed_experts
 from ling_flow.kernels.fp8_layers import FP8Weight, fp8_linear, fp8_routed_experts
+from ling_flow.kernels.products import linear
 from ling_flow.kernels.rms_norm import rms_norm
 from ling_flow.kernels.router import Routed, balance_loss, route, z_loss
 from ling_flow.kernels.swiglu import swiglu
@@ -37,7 +37,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8 is not None:
             return fp8_linear(x, self.weight, self.fp8)
-        return functional.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Embedding):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 
 MINUTES_PER_DAY = 1440
+FEWEST_STEPS, STEPS = 3, 15  # beside which nothing is written: before they tell how long a step is, and the newest kept
 
 
 def best_interval(save_cost_seconds: float, failures_per_day: float) -> float:
     """Seconds between two saves: s = √(2880·C/F), with s and C in minutes.
 
     Args:
-        save_cost_seconds: for which one save holds training up.
+        save_cost_seconds: that one save takes from training.
     """
     return 60 * math.sqrt(2 * MINUTES_PER_DAY * save_cost_seconds / 60 / failures_per_day)
 
@@ -32,7 +35,8 @@ def expected_loss(
 
 
 class SaveClock:
-    """Says when to save beside the plan, from what saves were measured to cost.
+    """Says when to save beside the plan, from what saves were measured to cost: the time for which training stood
+    still, and that by which its steps were slower while the file was being written.
 
     Args:
         failures_per_day: None: never.
@@ -42,7 +46,25 @@ class SaveClock:
     def __init__(self, failures_per_day: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._failures_per_day, self._clock = failures_per_day, clock
         self._saved_at: float | None = None
-        self.interval: float | None = None  # seconds; None until a save was measured
+        self._free: deque[float] = deque(maxlen=STEPS)  # seconds of steps beside which nothing was written
+        self._beside: list[float] = []  # and of those beside the save that is being written
+        self._last: tuple[float, float, list[float]] | None = None  # stall, writing and steps of the last save
+
+    @property
+    def cost(self) -> float | None:
+        """Seconds that the last save took from training; None until they are known."""
+        if self._last is None or len(self._free) < FEWEST_STEPS:
+            return None
+        stall_seconds, _, beside = self._last
+        return stall_seconds + max(0.0, sum(beside) - len(beside) * statistics.median(self._free))
+
+    @property
+    def interval(self) -> float | None:
+        """Seconds between two saves, never less than one takes to write; None until the cost is known."""
+        cost = self.cost
+        if cost is None or self._last is None or self._failures_per_day is None:
+            return None
+        return max(self._last[1], best_interval(cost, self._failures_per_day))
 
     def due(self) -> bool:
         """Whether to save now; before the first save, at once: its cost has to be known."""
@@ -50,7 +72,12 @@ class SaveClock:
             return False
         if self._saved_at is None:
             return True
-        return self.interval is not None and self._clock() - self._saved_at >= self.interval
+        interval = self.interval
+        return interval is not None and self._clock() - self._saved_at >= interval
+
+    def stepped(self, seconds: float, writing: bool) -> None:
+        """A step took so long; a checkpoint was being written beside it, or not."""
+        (self._beside if writing else self._free).append(seconds)
 
     def saved(self) -> None:
         """A save, planned or not, has begun."""
@@ -58,5 +85,4 @@ class SaveClock:
 
     def measured(self, stall_seconds: float, seconds: float) -> None:
         """What a save cost: training stood still, and the file was being written, for so long."""
-        if self._failures_per_day is not None:  # never more often than can be written
-            self.interval = max(seconds, best_interval(stall_seconds, self._failures_per_day))
+        self._last, self._beside = (stall_seconds, seconds, self._beside), []

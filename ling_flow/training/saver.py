@@ -58,6 +58,11 @@ class Saver:
             torch.cuda.synchronize()
         self._writing = self._writer.submit(self._timed, copy, time.perf_counter() - started)
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written, or has been since `collect` was last called."""
+        return self._writing is not None
+
     def collect(self) -> None:
         """Report the checkpoint that is being written, if it is through."""
         if self._writing is not None and self._writing.done():

@@ -150,6 +150,7 @@ def run_stage(
                 "guard": guard.state,
             }
         )
+        clock.stepped(report.seconds, saver.writing)
         on_step(report)
 
     def planned(step: int) -> bool:

@@ -55,24 +55,57 @@ def test_no_other_interval_loses_less(cost, failures):
     assert expected_loss(best, cost, failures, restart_seconds=20) == pytest.approx(least + 20 * failures)
 
 
+def clock_of(now: list[float]) -> SaveClock:
+    """A clock at `now[0]` that has seen steps of a second."""
+    clock = SaveClock(24, clock=lambda: now[0])
+    for _ in range(5):
+        clock.stepped(1.0, writing=False)
+    return clock
+
+
 def test_the_clock_asks_for_one_save_to_know_its_cost_and_then_at_the_best_interval():
-    now = 0.0
-    clock = SaveClock(24, clock=lambda: now)
+    now = [0.0]
+    clock = clock_of(now)
     assert clock.due()
     clock.saved()
-    now = 10_000.0
+    now[0] = 10_000.0
     assert not clock.due()  # still being written
     clock.measured(stall_seconds=3.0, seconds=5.0)
     assert clock.due()
     clock.saved()
-    now += best_interval(3.0, 24) - 1
+    now[0] += best_interval(3.0, 24) - 1
     assert not clock.due()
-    now += 2
+    now[0] += 2
     assert clock.due()
     clock.measured(stall_seconds=3.0, seconds=10_000.0)
     assert not clock.due()  # not more often than can be written
-    now += 10_000
+    now[0] += 10_000
     assert clock.due()
+
+
+def test_steps_made_slower_by_writing_are_part_of_the_cost():
+    clock = clock_of([0.0])
+    clock.saved()
+    for _ in range(4):
+        clock.stepped(1.5, writing=True)
+    clock.measured(stall_seconds=0.25, seconds=6.0)
+    assert clock.cost == pytest.approx(0.25 + 4 * 0.5)
+    clock.saved()
+    clock.stepped(0.9, writing=True)
+    clock.measured(stall_seconds=0.25, seconds=6.0)
+    assert clock.cost == pytest.approx(0.25)  # of the last save, and writing makes nothing faster
+
+
+def test_a_cost_is_not_known_before_some_steps_beside_which_nothing_was_written():
+    clock = SaveClock(24, clock=lambda: 1e9)
+    clock.stepped(9.0, writing=False)  # the first, slow for other reasons
+    clock.saved()
+    clock.stepped(1.5, writing=True)
+    clock.measured(stall_seconds=0.25, seconds=6.0)
+    for _ in range(2):
+        assert clock.cost is None and not clock.due()
+        clock.stepped(1.0, writing=False)
+    assert clock.cost == pytest.approx(0.75)
 
 
 def test_without_a_rate_of_failures_nothing_is_saved_beside_the_plan():
