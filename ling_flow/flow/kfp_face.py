@@ -14,6 +14,7 @@ import json
 import linecache
 import os
 import re
+import signal
 import textwrap
 import threading
 import time
@@ -37,6 +38,7 @@ CONFIG_LIMIT = 64 * 1024  # bytes; a task's whole input is one command line argu
 ENTRY_POINT = re.compile(r"run_kfp_step\('([\w.]+:\w+)'")  # in the source of every generated component
 _NATURAL = (float, int, bool, str)
 _RUNNER_POLL_SECONDS = 1.0
+_LEAVE_SECONDS = 30.0  # to save and to close its run in, once told to end
 
 
 def kfp_component(component: Component) -> Any:
@@ -178,7 +180,7 @@ def run_kfp_step(
 
 
 def _end_with_runner() -> None:
-    """A local step must not train on unseen after `lingflow run` was killed: it ends with it, as by `kill -9`."""
+    """A local step must not train on unseen after `lingflow run` has ended: it is told to end too, and then made to."""
     runner = os.environ.get("LING_FLOW_RUNNER_PID")
     if not runner:
         return
@@ -189,6 +191,8 @@ def _end_with_runner() -> None:
             try:
                 os.kill(int(runner), 0)
             except ProcessLookupError:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(_LEAVE_SECONDS)
                 os._exit(SystemFault.exit_code)
 
     threading.Thread(target=watch, name="runner-watch", daemon=True).start()

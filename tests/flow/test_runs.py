@@ -1,0 +1,96 @@
+"""DAG runs by `lingflow run` under faults: a step that fails and works later, two runs at once, one that is cancelled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
+
+DAG = str(Path(__file__).parent / "toy" / "faulty.py")
+
+
+def started() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ling_flow.cli", "run", DAG, "--json"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(run: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def ends(group: int) -> bool:
+    """Whether no process of a group is left, in the end."""
+    for _ in range(400):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def mlflow_states(home: Path) -> dict[str, list[str]]:
+    """Run name → the states of its runs."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    states: dict[str, list[str]] = {}
+    for run in client.search_runs(experiments):
+        states.setdefault(run.info.run_name, []).append(run.info.status)
+    return states
+
+
+def test_a_step_that_fails_twice_and_then_works(home: Path, calls: Path) -> None:
+    result = finished(started())
+    assert calls.read_text().split() == ["draw", "average", "average", "average"]
+    assert result["phases"]["average"]["metrics"]["average"] > 0
+    assert sorted(mlflow_states(home)["average"]) == ["FAILED", "FAILED", "FINISHED"]
+
+
+def test_two_runs_at_once_make_each_artifact_once(calls: Path) -> None:
+    results = [finished(run) for run in [started(), started()]]
+    assert calls.read_text().split() == ["draw", "average", "average", "average"]
+    first, second = ({name: phase["artifacts"] for name, phase in result["phases"].items()} for result in results)
+    assert first == second
+    for name in ("draw_series", "average"):
+        assert sorted(result["phases"][name]["cached"] for result in results) == [False, True]
+
+
+def test_a_cancelled_run_leaves_nothing_running_and_goes_on_later(home: Path, calls: Path) -> None:
+    run = started()
+    numbers = home / "artifacts" / "draw"
+    while len(list(numbers.glob("*.partial/numbers/*.txt"))) < 3:
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "run again to go on from here" in err
+    assert list(home.glob("artifacts/*/*/manifest.json")) == []
+    assert ends(run.pid), "a step of the run is left"
+    states = mlflow_states(home)
+    assert (states["faulty"], states["draw_series"]) == (["KILLED"], ["FAILED"])
+
+    result = finished(started())
+    assert result["phases"]["draw_series"]["metrics"]["started_at"] >= 3
+    assert calls.read_text().split().count("draw") == 2
