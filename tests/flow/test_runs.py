@@ -1,4 +1,4 @@
-"""DAG runs by `lingflow run` under faults: a step that fails and works later, two runs at once, one that is cancelled."""
+"""DAG runs under faults: a step that fails and works later, two runs at once, one that is cancelled."""
 
 from __future__ import annotations
 

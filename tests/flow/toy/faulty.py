@@ -1,6 +1,7 @@
 """A DAG whose first step takes its time, and whose second fails twice before it works."""
 
 from kfp import dsl
+
 from toy.average import average
 from toy.draw import draw
 
