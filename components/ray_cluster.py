@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ling_flow.errors import SystemFault
+from ling_flow.errors import SystemFault, UserError
 from ling_flow.private_ray import prepare_private_ray
 
 OBJECT_STORE_BYTES = 2**27  # corpora and checkpoints travel by path; results are small
@@ -21,6 +21,7 @@ def ray_running(cpus: int | None) -> Iterator[None]:
         cpus: of a Ray started here; None: one per core. A cluster that runs already brings its own.
 
     Raises:
+        UserError: RAY_ADDRESS is no address of a cluster.
         SystemFault: RAY_ADDRESS is set, but no cluster answers there.
     """
     address = os.environ.get("RAY_ADDRESS")
@@ -72,8 +73,14 @@ def _check_answers(address: str) -> None:
     """Ray itself waits for minutes where nobody listens.
 
     Raises:
+        UserError: the address is a job server's.
         SystemFault: nobody listens at `address`, a `host:port` with or without `ray://`.
     """
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS: {address} is a job server, to which LING_FLOW_RUN_ON=ray-job submits; "
+            "a step in this process needs HOST:PORT or ray://HOST:PORT"
+        )
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         try:

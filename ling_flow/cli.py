@@ -10,20 +10,23 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ling_flow import __version__
+from ling_flow.commands.choice import choose, dag_options, make_nodes
+from ling_flow.commands.kubeflow import compile_dag, runs, submit
+from ling_flow.commands.ray import job
+from ling_flow.commands.registry import promote, promotions, rollback
+from ling_flow.commands.stack import stack
 from ling_flow.errors import LingFlowError, SystemFault, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ling_flow.flow.dag import LoadedDag, Node
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-_CONFIG_FILE_KEYS = ("preset", "seed")
 
 
 @click.group(context_settings=CONTEXT_SETTINGS)
@@ -37,32 +40,31 @@ def cli(home: str) -> None:
     os.environ["LING_FLOW_HOME"] = str(Path(home).absolute())
 
 
-def _dag_options(command: Any) -> Any:
-    """The options that choose a DAG and its parameters; shared by run, plan and compile."""
-    for option in (
-        click.argument("dag", default="lifecycle"),
-        click.option("--preset", help="Named sizes: tiny, small. [default: the DAG's own]"),
-        click.option("--seed", type=int, help="Seed of data order, initial weights, sampling."),
-        click.option(
-            "--set", "assignments", multiple=True, metavar="PHASE.FIELD=VALUE", help="Override one field; repeatable."
-        ),
-        click.option(
-            "--config", "config_file", type=click.Path(), help="YAML with preset, seed, and overrides by phase."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @cli.command()
-@_dag_options
+@dag_options
 @click.option("--no-cache", is_flag=True, help="Redo every step although its artifact is there.")
 @click.option(
     "--rebuild", multiple=True, metavar="STEP", help="Redo one step although its artifact is there; repeatable."
 )
 @click.option(
-    "--json", "as_json", is_flag=True, help="Last line of standard output: one JSON object with every figure."
+    "--runner",
+    type=click.Choice(["subprocess", "docker"]),
+    default="subprocess",
+    show_default=True,
+    envvar="LING_FLOW_RUNNER",
+    help="docker: each step in a container of its image (LING_FLOW_IMAGE), by the engine at DOCKER_HOST.",
 )
+@click.option(
+    "--mount",
+    "mounts",
+    multiple=True,
+    metavar="PATH",
+    type=click.Path(exists=True, path_type=Path),
+    help="With docker: a file or directory outside the home that steps may read; repeatable.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Last line of standard output: one JSON object with every figure."
+)  # fmt: skip
 def run(
     dag: str,
     preset: str | None,
@@ -71,6 +73,8 @@ def run(
     config_file: str | None,
     no_cache: bool,
     rebuild: Sequence[str],
+    runner: Literal["subprocess", "docker"],
+    mounts: Sequence[Path],
     as_json: bool,
 ) -> None:
     """Run DAG on this machine (default: lifecycle). Finished steps are served from their artifacts."""
@@ -78,11 +82,18 @@ def run(
     from ling_flow.flow.live import summary_table
     from ling_flow.flow.runner import run_local
 
-    loaded, arguments = _choose(dag, preset, seed, assignments, config_file)
-    nodes = _plan(loaded, arguments, frozenset(rebuild))
+    os.environ["LING_FLOW_RUNNER"] = runner
+    if runner == "docker":
+        from ling_flow.flow.containers import Engine, select_image
+
+        select_image(Engine.connect())
+    elif mounts:
+        raise UserError("--mount: has a meaning with --runner docker only; steps in processes see every file")
+    loaded, arguments = choose(dag, preset, seed, assignments, config_file)
+    nodes = make_nodes(loaded, arguments, frozenset(rebuild), will_run=True)
     again = frozenset(node.label for node in nodes) if no_cache else frozenset(rebuild)
     console = _console(stderr=True)
-    finished = run_local(loaded, arguments, nodes, Context.from_environment(), console, again)
+    finished = run_local(loaded, arguments, nodes, Context.from_environment(), console, again, runner, mounts)
     console.print()
     console.print(summary_table(finished.steps))
     console.print(
@@ -113,7 +124,7 @@ def _family_options(command: Any) -> Any:
 
 
 @cli.command()
-@_dag_options
+@dag_options
 @_family_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every figure.")
 def plan(
@@ -142,8 +153,8 @@ def plan(
         return
     for name in (*given, *(["layout"] if layout else [])):
         raise UserError(f"--{name.replace('_', '-')}: needs one of --preset {', '.join(FAMILY)}")
-    loaded, arguments = _choose(dag, preset, seed, assignments, config_file)
-    nodes = _plan(loaded, arguments, frozenset())
+    loaded, arguments = choose(dag, preset, seed, assignments, config_file)
+    nodes = make_nodes(loaded, arguments, frozenset())
     if as_json:
         rows = [
             {
@@ -175,17 +186,6 @@ def _plan_family(preset: str, options: dict[str, str], layout: Sequence[str], as
         click.echo(json.dumps(figures[preset]))
     else:
         _console().print(family_table(figures, preset))
-
-
-@cli.command("compile")
-@click.argument("dag", default="lifecycle")
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="File for KFP's IR YAML.")
-def compile_dag(dag: str, output: str) -> None:
-    """Write DAG as IR YAML that Kubeflow Pipelines takes."""
-    from ling_flow.flow.dag import compile_to, load_dag
-
-    compile_to(load_dag(dag), Path(output))
-    click.echo(f"wrote {output}", err=True)
 
 
 @cli.command()
@@ -279,36 +279,14 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if terminal else 400)
 
 
-def _choose(
-    dag: str, preset: str | None, seed: int | None, assignments: Sequence[str], config_file: str | None
-) -> tuple[LoadedDag, dict[str, Any]]:
-    """The DAG and its arguments: the file first, the command line over it."""
-    from ling_flow.config import merge, parse_overrides, read_yaml
-    from ling_flow.flow.dag import load_dag, pipeline_arguments
-
-    overrides = read_yaml(Path(config_file)) if config_file else {}
-    given: dict[str, Any] = {key: overrides.pop(key) for key in _CONFIG_FILE_KEYS if key in overrides}
-    given |= {name: value for name, value in {"preset": preset, "seed": seed}.items() if value is not None}
-    overrides = merge(overrides, parse_overrides(assignments))
-    if overrides:
-        given["overrides"] = json.dumps(overrides, sort_keys=True)
-    loaded = load_dag(dag)
-    return loaded, pipeline_arguments(loaded, given)
-
-
-def _plan(loaded: LoadedDag, arguments: dict[str, Any], rebuild: frozenset[str]) -> list[Node]:
-    from ling_flow.flow.artifact import ArtifactStore
-    from ling_flow.flow.context import Context
-    from ling_flow.flow.dag import make_plan
-    from ling_flow.flow.lint import lint
-
-    context = Context.from_environment()
-    for finding in lint(loaded.spec, loaded.pipeline, arguments):
-        if finding.where != "kfp":
-            if finding.severity == "error":
-                raise UserError(str(finding).removeprefix("error: "))
-            click.echo(str(finding), err=True)
-    return make_plan(loaded, arguments, ArtifactStore(context.artifacts, context.home / "cache"), rebuild)
+cli.add_command(job)
+cli.add_command(compile_dag)
+cli.add_command(submit)
+cli.add_command(runs)
+cli.add_command(promote)
+cli.add_command(rollback)
+cli.add_command(promotions)
+cli.add_command(stack)
 
 
 def main() -> None:

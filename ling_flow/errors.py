@@ -20,3 +20,11 @@ class SystemFault(LingFlowError):
     """The world failed (a server is away, a disk is full, a worker died). A retry may succeed."""
 
     exit_code = 3
+
+
+class RemoteDefect(LingFlowError):
+    """A defect of ours in a process elsewhere; `traceback` is the one it printed."""
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message)
+        self.traceback = traceback

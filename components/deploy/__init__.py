@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -31,6 +35,11 @@ class DeployConfig(StrictModel):
         description="TCP port; null takes the old endpoint's, or the first free one from 8000",
         ge=1,
         le=65535,
+    )
+    rayservice: str | None = context_field(
+        None,
+        why="who serves a model changes no answer",
+        description="name of the RayService of the cluster that is to serve it; null: an endpoint of this machine",
     )
     host: str = context_field(
         "127.0.0.1",
@@ -63,11 +72,20 @@ class Deployment(StrictModel):
 
 
 def _still_deployed(result: DeployResult, root: Path) -> bool:
-    """The endpoint still answers and serves the same artifact."""
+    """What it served is still the champion, and the endpoint still serves it; in containers, that it once did."""
     from ling_flow.flow.context import Context
-    from ling_flow.serving.server import endpoint_status
+    from ling_flow.flow.promotion import Registry
+    from ling_flow.serving.server import endpoint_status, served_fingerprint
 
-    status = endpoint_status(result.model_name, Context.from_environment().home)
+    context = Context.from_environment()
+    champion = Registry.of(context).by_alias(result.model_name, "champion")
+    if champion is None or champion.number != result.model_version:
+        return False
+    if (urlsplit(result.url).hostname or "").endswith(".svc"):
+        return served_fingerprint(result.url) == result.fingerprint
+    if _ends_with_step():
+        return True
+    status = endpoint_status(result.model_name, context.home)
     if status is None or not status.healthy:
         return False
     return (status.endpoint.url, status.endpoint.fingerprint) == (result.url, result.fingerprint)
@@ -76,11 +94,10 @@ def _still_deployed(result: DeployResult, root: Path) -> bool:
 @component(version=1, resources=Resources(cpus=2, memory_gib=4), still_valid=_still_deployed)
 def deploy(config: DeployConfig, registration: Input[Metrics], deployment: Output[Metrics], step: Step) -> DeployResult:
     """Serve the registry's champion, in place of what its endpoint served before, and ask it a held-out question."""
+    from components.deploy.places import serve_by_rayservice, serve_here
     from ling_flow.data.reasoning import problems, score
     from ling_flow.flow.context import Context
-    from ling_flow.flow.lineage import resolve_model
     from ling_flow.flow.promotion import Registry
-    from ling_flow.serving.server import start_detached
 
     where = f"{registration.ref}/registration.json"
     record = parse(Registration, registration.read_json("registration.json"), where)
@@ -91,23 +108,33 @@ def deploy(config: DeployConfig, registration: Input[Metrics], deployment: Outpu
         raise UserError(f"{record.model_name}: nothing to deploy, no version is champion: gate failed ({reasons})")
     if champion.number != record.version:
         step.log(f"version {record.version} is not the champion; version {champion.number} is deployed")
-    model = resolve_model(champion.uri, context)
-
-    step.log(f"starting an endpoint for {champion.uri}")
     started = time.monotonic()
-    place = (context.home, config.port, config.host)
     with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(start_detached, model.path, champion.name, champion.fingerprint, *place, champion.number)
-        (problem,) = problems([config.task], 1, config.seed, "held_out")  # takes seconds, for its imports
-        endpoint = starting.result()
+        drawing = pool.submit(problems, [config.task], 1, config.seed, "held_out")  # takes seconds, for its imports
+        if config.rayservice:
+            served = serve_by_rayservice(champion, config.rayservice, context, step)
+        else:
+            # Records in the home, and the ports from 8000, are for what stays.
+            home, port = context.home, config.port
+            if _ends_with_step():
+                home, port = Path(tempfile.mkdtemp()), port or _any_port(config.host)
+            served = serve_here(champion, context, home, port, config.host, step)
+        (problem,) = drawing.result()
     ready = time.monotonic()
-    answer = _ask(endpoint.url, problem.question, config.max_tokens)
+    try:
+        answer = _ask(served.url, problem.question, config.max_tokens)
+    except SystemFault:
+        served.take_back()
+        raise
     latency = time.monotonic() - ready
     completion = answer["choices"][0]["message"]["content"]
-    step.log(f"{endpoint.url}/v1 answers {problem.question!r}: {completion!r}")
+    step.log(f"{served.url}/v1 answers {problem.question!r}: {completion!r}")
+    if _ends_with_step() and not config.rayservice:
+        served.take_back()
+        step.log(f"proven; this endpoint ends with its container. To go on serving: lingflow serve {champion.uri}")
 
     written = Deployment(
-        endpoint=endpoint.model_dump(),
+        endpoint=served.record,
         model_uri=champion.uri,
         question=problem.question,
         expected=problem.answer,
@@ -115,7 +142,7 @@ def deploy(config: DeployConfig, registration: Input[Metrics], deployment: Outpu
     )
     (deployment.path / "deployment.json").write_text(written.model_dump_json(indent=2) + "\n")
     return DeployResult(
-        url=endpoint.url,
+        url=served.url,
         completion=completion,
         correct=score(problem, completion) == 1.0,
         model_name=champion.name,
@@ -124,6 +151,18 @@ def deploy(config: DeployConfig, registration: Input[Metrics], deployment: Outpu
         seconds_to_ready=round(ready - started, 3),
         latency_ms=round(latency * 1000, 3),
     )
+
+
+def _ends_with_step() -> bool:
+    """Whether what a step starts ends with it: `lingflow run --runner docker` gives each a container of its own."""
+    return os.environ.get("LING_FLOW_RUNNER") == "docker"
+
+
+def _any_port(host: str) -> int:
+    """A free port of the kernel's choice."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 def _ask(url: str, question: str, max_tokens: int) -> dict[str, Any]:

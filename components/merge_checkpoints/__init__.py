@@ -38,7 +38,7 @@ class MergeCheckpointsResult(StrictModel):
     merged_checkpoints: int = Field(description="checkpoints merged")
 
 
-@component(version=1, resources=Resources(cpus=2, memory_gib=4))
+@component(version=1, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
 def merge_checkpoints(
     config: MergeCheckpointsConfig, checkpoints: Input[Model], corpus: Input[Dataset], model: Output[Model], step: Step
 ) -> MergeCheckpointsResult:

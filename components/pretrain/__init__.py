@@ -197,6 +197,7 @@ class PretrainResult(StrictModel):
     resources=Resources(cpus=2, memory_gib=4),
     resumable=True,
     label=lambda config: f"pretrain_{config.stage}",
+    runs_on=lambda config: "ray" if config.run_on == "ray" else "job",
 )
 def pretrain(
     config: PretrainConfig,

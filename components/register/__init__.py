@@ -74,25 +74,13 @@ def register(
 
     evaluation = parse(Evaluation, metrics.read_json("evaluation.json"), f"{metrics.ref}/evaluation.json").metrics()
     registry = Registry.of(Context.from_environment())
-    champion = registry.by_alias(config.model_name, "champion")
-    # The same artifact registered again is not held against itself.
-    rival = champion if champion and champion.fingerprint != model.fingerprint else None
-    verdicts = judge(config.gates, evaluation, rival.metrics if rival else None)
-    passed = all(verdict.passed for verdict in verdicts)
-    sentences = [verdict.sentence for verdict in verdicts]
+    judge(config.gates, evaluation)  # a gate on a metric that is not there: nothing shall be registered
 
     architecture = model.read_json("config.json")
-    version = registry.register(config.model_name, model.ref, model.fingerprint, evaluation, architecture)
-    registry.judged(version, verdicts)
-    rolled_back = registry.ledger.rolled_back(version)
-    if passed and rolled_back is not None:
-        sentences.append(f"not promoted: rolled back on {rolled_back.time} ({'; '.join(rolled_back.reasons)})")
-    elif passed:
-        registry.promote(version, sentences)
-    else:
-        registry.reject(version, sentences)
+    version = registry.register(config.model_name, model.ref, model.fingerprint, evaluation, architecture, config.gates)
+    decision = registry.promote(version, config.gates)
     champion = registry.by_alias(config.model_name, "champion")
-    for sentence in sentences:
+    for sentence in decision.sentences:
         step.log(sentence)
 
     record = Registration(
@@ -102,15 +90,15 @@ def register(
         fingerprint=version.fingerprint,
         artifact=version.artifact,
         champion_version=champion.number if champion else 0,
-        verdicts=tuple(verdicts),
+        verdicts=tuple(decision.verdicts),
     )
     (registration.path / "registration.json").write_text(record.model_dump_json(indent=2) + "\n")
     return RegisterResult(
         model_name=version.name,
         version=version.number,
         fingerprint=version.fingerprint,
-        gate_passed=passed,
+        gate_passed=all(verdict.passed for verdict in decision.verdicts),
         promoted=champion is not None and champion.number == version.number,
         champion_version=record.champion_version,
-        verdict="; ".join(sentences),
+        verdict="; ".join(decision.sentences),
     )

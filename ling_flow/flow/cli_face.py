@@ -6,6 +6,7 @@ Every config field is an option under its dotted path; flags win over the file. 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ def main(component: Component, argv: Sequence[str] | None) -> NoReturn:
         label = component.label_of(config)
         given = {name: values[_slot("input", name)] for name in component.inputs}
         outcome = run_step(component, config, given, root=values["root"], rebuild=values["rebuild"])
-        print(as_json(outcome) if values["json"] else as_table(outcome), flush=True)
+        if os.environ.get("LING_FLOW_EVENTS") != "-":  # who reads those has the outcome
+            print(as_json(outcome) if values["json"] else as_table(outcome), flush=True)
     except click.exceptions.Exit as leave:
         sys.exit(leave.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -55,6 +57,7 @@ def command(component: Component) -> click.Command:
     default_root = "$LING_FLOW_ARTIFACTS or .lingflow/artifacts"
     options: list[click.Parameter] = [
         click.Option(["--config"], type=click.Path(path_type=Path), metavar="FILE", help=file),
+        click.Option(["--config-json"], metavar="JSON", help="The config as one JSON text, instead of a file."),
     ]  # fmt: skip
     for name, spec in component.inputs.items():
         text = f"{spec.kind.__name__} artifact: ROOT/COMPONENT/FINGERPRINT/OUTPUT of an earlier step."
@@ -74,12 +77,24 @@ def command(component: Component) -> click.Command:
 
 def config_of(component: Component, values: dict[str, Any]) -> dict[str, Any]:
     """Config fields from the file, with the flags over them, with nested defaults below."""
-    tree = read_yaml(values["config"]) if values["config"] else {}
+    if values["config"] and values["config_json"]:
+        raise UserError("--config and --config-json: give one of them")
+    tree = read_yaml(values["config"]) if values["config"] else _read_json(values["config_json"])
     for leaf in leaves(component.config_model):
         text = values[_slot("field", leaf.path)]
         if text is not None:
             tree = merge(tree, _assign(leaf, text))
     return with_defaults(component.config_model, tree)
+
+
+def _read_json(text: str | None) -> dict[str, Any]:
+    try:
+        tree = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"--config-json: not valid JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise UserError("--config-json: must be an object of config fields")
+    return tree
 
 
 def as_json(outcome: Outcome) -> str:

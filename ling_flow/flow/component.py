@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ling_flow.flow.step import Outcome
     from ling_flow.flow.tracking import NullTracker
 
-CLI_OPTIONS = ("config", "root", "rebuild", "json", "help")  # taken by every component's command line
+CLI_OPTIONS = ("config", "config-json", "root", "rebuild", "json", "help")  # taken by every component's command line
 
 
 class Kind:
@@ -59,6 +59,7 @@ class HTML(Kind):
     schema_title = "system.HTML"
 
 
+RunsOn = Literal["process", "job", "ray"]
 KindT = TypeVar("KindT", bound=Kind)
 
 
@@ -164,7 +165,7 @@ class Component:
     label: Callable[[Any], str] | None
     resolve: Callable[[Any], Any] | None
     still_valid: Callable[[Any, Path], bool] | None
-    runs_on: Literal["process", "ray"]
+    runs_on: RunsOn | Callable[[Any], RunsOn]
     planner: bool
 
     @property
@@ -192,6 +193,10 @@ class Component:
     def label_of(self, config: Any) -> str:
         """The step's name in the live view, in MLflow and for `--rebuild`."""
         return self.label(config) if self.label else self.name
+
+    def runs_on_of(self, config: Any) -> RunsOn:
+        """Whether the step may become a Ray job, and what for."""
+        return self.runs_on(config) if callable(self.runs_on) else self.runs_on
 
     def evaluate(self, config: BaseModel | Mapping[str, Any]) -> Any:
         """A planner's result, computed here and now; nothing is written.
@@ -252,7 +257,7 @@ def component(
     label: Callable[[Any], str] | None = None,
     resolve: Callable[[Any], Any] | None = None,
     still_valid: Callable[[Any, Path], bool] | None = None,
-    runs_on: Literal["process", "ray"] = "process",
+    runs_on: RunsOn | Callable[[Any], RunsOn] = "process",
     planner: bool = False,
 ) -> Callable[[Callable[..., Any]], Component]:
     """Declare a function as a component.
@@ -264,6 +269,8 @@ def component(
         resolve: config → config, pins outside content (file digests) before the fingerprint is computed.
         still_valid: (result, root) → whether the side effect of a finished step (a registered version, an endpoint)
             is still there.
+        runs_on: process: always in place. job: heavy, may become a Ray job, which then reserves `resources`. ray: the
+            same, but asks Ray for workers, so that the job itself reserves nothing. Or config → one of them.
         planner: a cheap pure function of its config that resolves the configs of other components; it has no artifacts.
 
     Raises:

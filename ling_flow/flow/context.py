@@ -2,8 +2,10 @@
 
 LING_FLOW_HOME           home directory, default `./.lingflow`
 LING_FLOW_ARTIFACTS      artifact root (path or fsspec URL), default `$LING_FLOW_HOME/artifacts`
-LING_FLOW_EVENTS         file that receives one JSON line per event; unset: plain lines on stderr
+LING_FLOW_EVENTS         file that receives one JSON line per event; `-`: such lines on stderr; unset: plain lines there
 LING_FLOW_REBUILD        comma-separated step labels to redo although their artifacts exist
+LING_FLOW_RUN_ON         where heavy components run: process (default, here), ray-job (at RAY_ADDRESS), rayjob (KubeRay)
+LING_FLOW_JOB            how such jobs are run, JSON of `ling_flow.flow.job_settings`
 LING_FLOW_PARENT_RUN_ID  MLflow run that the step's run hangs under
 MLFLOW_TRACKING_URI      where tracking goes; unset: no tracking
 """
@@ -14,6 +16,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
+
+from ling_flow.errors import UserError
+
+RunOn = Literal["process", "ray-job", "rayjob"]
 
 
 def spin_briefly() -> None:
@@ -36,11 +43,16 @@ class Context:
     rebuild: frozenset[str] = frozenset()
     parent_run_id: str | None = None
     tracking_uri: str | None = None
+    run_on: RunOn = "process"
+    job: str = "{}"
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> Context:
         home = Path(environment.get("LING_FLOW_HOME") or ".lingflow").absolute()
         events = environment.get("LING_FLOW_EVENTS")
+        run_on = environment.get("LING_FLOW_RUN_ON") or "process"
+        if run_on not in get_args(RunOn):
+            raise UserError(f"LING_FLOW_RUN_ON: must be one of {', '.join(get_args(RunOn))}, got '{run_on}'")
         return Context(
             home=home,
             artifacts=environment.get("LING_FLOW_ARTIFACTS") or str(home / "artifacts"),
@@ -50,4 +62,6 @@ class Context:
             ),
             parent_run_id=environment.get("LING_FLOW_PARENT_RUN_ID") or None,
             tracking_uri=environment.get("MLFLOW_TRACKING_URI") or None,
+            run_on=run_on,  # type: ignore[arg-type]
+            job=environment.get("LING_FLOW_JOB") or "{}",
         )

@@ -13,16 +13,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from ling_flow.config import identity_of, parse
-from ling_flow.errors import UserError
+from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow.artifact import ArtifactStore, Manifest
 from ling_flow.flow.component import Component
 from ling_flow.flow.identity import code_version, fingerprint
 from ling_flow.flow.kfp_face import ENTRY_POINT, load_component
+
+if TYPE_CHECKING:
+    from ling_flow.flow.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -235,8 +238,12 @@ def _judge(
     result = parse(
         component.result_model, manifest.result, f"{store.root}/{component.name}/{key}/manifest.json: result"
     )
-    if component.still_valid and not component.still_valid(result, store.local):
-        return False, "its effect is gone: the registered version or the endpoint it made is no longer there", ""
+    try:
+        stands = component.still_valid is None or component.still_valid(result, store.local)
+    except SystemFault as error:  # the step will ask again
+        return True, f"done before, but whether its effect still stands is not known: {error}", manifest.code_version
+    if not stands:
+        return False, "its effect is gone: the registered version or the endpoint it made is no longer the one", ""
     if manifest.code_version != code_version():
         return True, f"made by other code, {manifest.code_version}; --rebuild {label} redoes it", manifest.code_version
     return True, "", manifest.code_version
@@ -285,19 +292,24 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {' → '.join(shown)}"
 
 
-def compile_to(dag: LoadedDag, path: Path) -> None:
-    """Write the DAG as KFP's IR YAML, whole or not at all.
+def compile_to(dag: LoadedDag, path: Path, profile: Profile | None = None, where: str = "profile") -> None:
+    """Write the DAG as KFP's IR YAML, whole or not at all; for Kubernetes, as a profile says, with a second document.
 
     Raises:
-        UserError: the file is not called .yaml, or cannot be written.
+        UserError: the file is not called .yaml, or cannot be written; or the profile (`where`) does not fit the DAG.
     """
     from kfp import compiler
 
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path}: the file must end in .yaml, as Kubeflow Pipelines wants it")
+    pipeline = dag.pipeline
+    if profile is not None:
+        from ling_flow.flow.kubeflow_tasks import with_profile
+
+        pipeline = with_profile(pipeline, profile, where)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}.yaml")
     try:
-        compiler.Compiler().compile(dag.pipeline, str(temporary))
+        compiler.Compiler().compile(pipeline, str(temporary))
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -44,12 +44,14 @@ def examine(home: Path, tracking_uri: str) -> list[Check]:
     checks: list[Callable[[], Check]] = [
         _python,
         _packages,
+        _pipelines,
         _processors,
         _memory,
         lambda: _home(home),
         lambda: _disk(home),
         lambda: _tracking(tracking_uri),
         _ray_address,
+        _containers,
         _accelerator,
     ]
     return [check() for check in checks]
@@ -76,6 +78,26 @@ def _packages() -> Check:
             "packages", "failed", f"missing: {', '.join(missing)}", "pip install 'ling-flow[cpu]', or make setup"
         )
     return Check("packages", "ok", ", ".join(found))
+
+
+def _pipelines() -> Check:
+    """Images hold kfp without its dependencies: enough to be a step, not to run or submit a pipeline."""
+    try:
+        required = importlib.metadata.requires("kfp") or []
+    except importlib.metadata.PackageNotFoundError:
+        return Check("pipelines", "warning", "no kfp: components run by themselves", "pip install 'ling-flow[cpu]'")
+    from packaging.requirements import Requirement
+
+    missing = []
+    for requirement in map(Requirement, required):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            try:
+                importlib.metadata.version(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                missing.append(requirement.name)
+    if missing:
+        return Check("pipelines", "ok", f"as a step only; to run pipelines kfp lacks {', '.join(missing)}")
+    return Check("pipelines", "ok", "can be run, compiled and submitted")
 
 
 def _processors() -> Check:
@@ -133,6 +155,23 @@ def _ray_address() -> Check:
     if not address:
         return Check("ray", "ok", "a local Ray is started when a step needs one")
     return Check("ray", "ok", f"RAY_ADDRESS={address}")
+
+
+def _containers() -> Check:
+    address = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    advice = "needed for --runner docker only: start Docker, or podman's service, and set DOCKER_HOST to its address"
+    if address.startswith("unix://") and not Path(address.removeprefix("unix://")).is_socket():
+        return Check("containers", "ok", f"no engine at {address}; {advice}")
+    from ling_flow.errors import LingFlowError
+    from ling_flow.flow.containers import Engine
+
+    try:
+        engine = Engine.connect()
+    except LingFlowError as error:
+        return Check("containers", "warning", str(error), advice)
+    version = engine.client.version()
+    name = (version.get("Components") or [{}])[0].get("Name") or "engine"
+    return Check("containers", "ok", f"{name} {version.get('Version')} at {address}")
 
 
 def _accelerator() -> Check:

@@ -18,7 +18,7 @@ import time
 import traceback
 from typing import Any
 
-from ling_flow.errors import LingFlowError, SystemFault, UserError
+from ling_flow.errors import LingFlowError, RemoteDefect, SystemFault, UserError
 
 _FILE_INTERVAL = 0.2  # seconds between two progress events of a step in the event file
 _HUMAN_INTERVAL = 2.0  # seconds between two progress lines of a step for a person
@@ -27,12 +27,12 @@ _last_progress: dict[str, float] = {}
 
 
 def emit(event: str, /, *, step: str, **payload: Any) -> None:
-    """Tell whoever listens: appends to the file named by LING_FLOW_EVENTS, else prints a plain line on stderr.
+    """Tell whoever listens: appends to the file named by LING_FLOW_EVENTS (`-`: stderr), else prints a plain line.
 
     Never fails: a full disk under the event file must not end a training run.
     """
     path = os.environ.get("LING_FLOW_EVENTS")
-    if event == "progress" and _too_soon(step, payload, _FILE_INTERVAL if path else _HUMAN_INTERVAL):
+    if event == "progress" and _too_soon(step, payload, _HUMAN_INTERVAL if path in (None, "", "-") else _FILE_INTERVAL):
         return
     if not path:
         line = _plain(event, step, payload)
@@ -40,6 +40,9 @@ def emit(event: str, /, *, step: str, **payload: Any) -> None:
             print(line, file=sys.stderr, flush=True)
         return
     record = {"event": event, "time": time.time(), "step": step, **payload}
+    if path == "-":
+        print(json.dumps(record, default=str), file=sys.stderr, flush=True)
+        return
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -54,7 +57,8 @@ def report_failure(step: str, error: BaseException) -> int:
     """Emit the error event, print the error on stderr (one line; defects with traceback), return the exit code."""
     if isinstance(error, LingFlowError):
         kind = "user" if isinstance(error, UserError) else "system" if isinstance(error, SystemFault) else "defect"
-        message, trace, code = str(error), "", error.exit_code
+        message, code = str(error), error.exit_code
+        trace = error.traceback if isinstance(error, RemoteDefect) else ""
     else:
         kind, code = "defect", 1
         message = f"{type(error).__name__}: {error}".strip().splitlines()[0]

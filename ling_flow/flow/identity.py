@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,10 +42,13 @@ def fingerprint(component: str, version: int, config: BaseModel, inputs: Mapping
 
 @functools.cache
 def code_version() -> str:
-    """Package version, with git commit and `-dirty` when run from a checkout: `0.1.0+3f2c9ab41d00-dirty`."""
+    """Package version, with git commit and `-dirty` when run from a checkout: `0.1.0+3f2c9ab41d00-dirty`.
+
+    In an image there is no checkout: LING_FLOW_CODE_VERSION says what it was built from.
+    """
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():
-        return __version__
+        return os.environ.get("LING_FLOW_CODE_VERSION") or __version__
     commit = _git(source, "rev-parse", "--short=12", "HEAD")
     if not commit:
         return __version__

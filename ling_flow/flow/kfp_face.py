@@ -8,6 +8,7 @@ real files, so that the KFP UI can show them.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib
 import json
@@ -180,20 +181,27 @@ def run_kfp_step(
 
 
 def _end_with_runner() -> None:
-    """A local step must not train on unseen after `lingflow run` has ended: it is told to end too, and then made to."""
-    runner = os.environ.get("LING_FLOW_RUNNER_PID")
-    if not runner:
+    """A local step must not train on unseen after `lingflow run` has ended: it is told to end too, and then made to.
+
+    The runner holds a lock on a file while it lives: that is seen from inside a container too, a process id is not.
+    """
+    path = os.environ.get("LING_FLOW_RUNNER_LOCK")
+    if not path:
         return
 
     def watch() -> None:
         while True:
             time.sleep(_RUNNER_POLL_SECONDS)
             try:
-                os.kill(int(runner), 0)
-            except ProcessLookupError:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(_LEAVE_SECONDS)
-                os._exit(SystemFault.exit_code)
+                with open(path, "rb") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            except FileNotFoundError:
+                pass  # its directory was removed
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_LEAVE_SECONDS)
+            os._exit(SystemFault.exit_code)
 
     threading.Thread(target=watch, name="runner-watch", daemon=True).start()
 

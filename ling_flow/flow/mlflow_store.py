@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,13 @@ FINGERPRINT_TAG = "ling_flow.fingerprint"
 ARTIFACT_TAG = "ling_flow.artifact_uri"
 CODE_TAG = "ling_flow.code_version"
 PARENT_TAG = "mlflow.parentRunId"
+KFP_TAG = "ling_flow.kfp_run_id"
+RAY_TAG = "ling_flow.ray_job_id"
 
 _PARAM_LIMIT = 6000  # characters of a run parameter; MLflow cuts off the rest
 _TAG_LIMIT = 5000  # characters of a run tag
 _PARAMS_PER_CALL = 100
+_SETTLE_SECONDS = 2.0  # longer than it takes from looking for a run to having made one
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "IO_ERROR")
 
 
@@ -61,6 +64,23 @@ def passing(error: Exception) -> bool:
 def missing(error: Exception) -> bool:
     """Whether the store says that the thing asked for is not there."""
     return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+
+
+def settled(call: Callable[..., object], *arguments: str) -> None:
+    """Make a call that sets a tag or an alias, again where another process set the same one at this moment.
+
+    MLflow looks for the row, then inserts it; the loser of such a race gets the database's complaint.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for tries_left in (2, 1, 0):
+        try:
+            call(*arguments)
+            return
+        except MlflowException as error:
+            raced = any(words in str(error) for words in ("UNIQUE constraint", "duplicate key"))
+            if not (raced and tries_left):
+                raise
 
 
 @contextmanager
@@ -99,6 +119,36 @@ def create_run(
     """Start a run in experiment id `experiment`, below run id `parent`; `started` in ms since the epoch. Its id."""
     tags = {**tags, PARENT_TAG: parent} if parent else dict(tags)
     return str(client.create_run(experiment, start_time=started, tags=tags, run_name=name).info.run_id)
+
+
+def find_kfp_parent(client: MlflowClient, experiment: str, kfp_run_id: str) -> str | None:
+    """Id of the run that stands for a run of Kubeflow Pipelines; of several the oldest."""
+    condition = f"tags.`{KFP_TAG}` = '{kfp_run_id}' and tags.`ling_flow.dag_run` = 'true'"
+    found = client.search_runs([experiment], condition)
+    return min(((run.info.start_time, run.info.run_id) for run in found), default=(0, None))[1]
+
+
+def kfp_parent(client: MlflowClient, experiment_name: str, kfp_run_id: str) -> str:
+    """The same, made where it is not there. Steps that make it at once agree on the oldest; the others are deleted."""
+    experiment = experiment_id(client, experiment_name)
+    found = find_kfp_parent(client, experiment, kfp_run_id)
+    if found is not None:
+        return found
+    tags = {KFP_TAG: kfp_run_id, "ling_flow.dag_run": "true"}
+    made = create_run(client, experiment, os.environ.get("LING_FLOW_KFP_RUN_NAME") or kfp_run_id, tags, None, now_ms())
+    # Clocks differ, so the oldest is not always the first to be seen: all must have been made before one is chosen.
+    time.sleep(_SETTLE_SECONDS)
+    chosen = find_kfp_parent(client, experiment, kfp_run_id)
+    if chosen is None or chosen == made:
+        return made
+    client.delete_run(made)
+    return chosen
+
+
+def platform_tags(kfp_run_id: str | None, ray_job_id: str | None) -> dict[str, str]:
+    """Tags that lead from a run to the platform that ran it."""
+    given = {KFP_TAG: kfp_run_id, RAY_TAG: ray_job_id}
+    return {name: value for name, value in given.items() if value}
 
 
 def step_tags(component: str, fingerprint: str, inputs: Mapping[str, str], code_version: str) -> dict[str, str]:
@@ -173,6 +223,21 @@ def log_model(
     if run_id is not None:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     return str(model.model_id)
+
+
+def find_model(client: MlflowClient, experiment: str, path: str) -> str | None:
+    """Id of the LoggedModel that the producing step made for the model at `path`."""
+    found = client.search_logged_models([experiment], f"tags.`{ARTIFACT_TAG}` = '{path}'", max_results=1)
+    return str(found[0].model_id) if found else None
+
+
+def log_model_input(client: MlflowClient, experiment: str, run_id: str, path: str) -> None:
+    """The LoggedModel of the model at `path`, if there is one, as an input of the run."""
+    from mlflow.entities import LoggedModelInput
+
+    model_id = find_model(client, experiment, path)
+    if model_id is not None:
+        client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
 
 
 @contextmanager

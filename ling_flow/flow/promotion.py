@@ -1,25 +1,27 @@
-"""The model registry: versions, the aliases `candidate`, `champion` and `previous`, and a ledger of every move.
+"""The model registry: versions, the aliases `candidate`, `champion` and `previous`, promotion and rollback.
 
-MLflow keeps no history of aliases, so each decision is also a line of `<home>/promotions.jsonl`, which is only ever
-appended to. A version's files stay where its artifact is; the registry holds a reference.
+A version's files stay where its artifact is; the registry holds a reference. Every decision is first written to the
+ledger (`ling_flow.flow.ledger`), then the aliases are moved. An alias that somebody moved by hand counts: the next
+decision starts from it.
 """
 
 from __future__ import annotations
 
-import fcntl
+import getpass
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
-from ling_flow.config import StrictModel, parse
-from ling_flow.errors import UserError
-from ling_flow.evaluation.gate import GateVerdict
+from ling_flow.config import StrictModel
+from ling_flow.errors import SystemFault, UserError
+from ling_flow.evaluation.gate import Gate, GateVerdict, judge
+from ling_flow.flow import ledger
 from ling_flow.flow import mlflow_store as store
 from ling_flow.flow.context import Context
 from ling_flow.flow.identity import code_version
@@ -27,9 +29,11 @@ from ling_flow.flow.identity import code_version
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-LEDGER = "promotions.jsonl"
-_METRIC_TAG = "ling_flow.metric."
+_METRICS_TAG = "ling_flow.metrics"
 _GATE_TAG = "ling_flow.gate."
+_GATES_TAG = "ling_flow.gates"
+_GATES = TypeAdapter(tuple[Gate, ...])
+_TRIES = 20  # decisions that may come first before ours is given up
 
 
 class Version(StrictModel):
@@ -41,6 +45,7 @@ class Version(StrictModel):
     artifact: str = Field(description="reference of the artifact's output that holds the checkpoint")
     code_version: str = Field(description="version of the code that registered it")
     metrics: dict[str, float] = Field(description="what its evaluation measured")
+    gates: tuple[Gate, ...] = Field(default=(), description="what it takes to become champion")
 
     @property
     def uri(self) -> str:
@@ -48,73 +53,43 @@ class Version(StrictModel):
         return f"models:/{self.name}/{self.number}"
 
 
-class LedgerEntry(StrictModel):
-    """One decision about a model."""
+@dataclass(frozen=True)
+class Decision:
+    """What became of a version that was put up for promotion.
 
-    time: str = Field(description="when, UTC, ISO 8601")
-    action: Literal["promote", "reject", "rollback"] = Field(description="what was decided")
-    model_name: str = Field(description="registered model")
-    version: int = Field(description="the version decided about; for a rollback the one that became champion again")
-    champion_before: int | None = Field(description="champion before the decision, null where there was none")
-    fingerprint: str = Field(description="fingerprint of the version's artifact")
-    reasons: list[str] = Field(description="verdicts of the gates, or why it was rolled back")
-    code_version: str = Field(description="version of the code that decided")
-    tracking_uri: str = Field(description="the registry")
+    Attributes:
+        promoted: whether it is the champion now.
+        verdicts: one for each gate.
+        sentences: the verdicts, and what else counted.
+        champion_before: the champion it was held against.
+    """
 
-
-class Ledger:
-    """The append-only record of decisions in the home directory."""
-
-    def __init__(self, home: Path) -> None:
-        self.path = home / LEDGER
-
-    def append(self, entry: LedgerEntry) -> None:
-        """Add a line and sync it to disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(entry.model_dump_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def read(self, model_name: str | None = None) -> list[LedgerEntry]:
-        """All entries, oldest first, or those of one model.
-
-        Raises:
-            UserError: a line is damaged; the message names it.
-        """
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text().splitlines()
-        entries = [parse(LedgerEntry, line, f"{self.path}:{number}") for number, line in enumerate(lines, start=1)]
-        return [entry for entry in entries if model_name in (None, entry.model_name)]
-
-    def rolled_back(self, version: Version) -> LedgerEntry | None:
-        """The entry that took the championship from a version, None where that is not the last word on it."""
-        last = None
-        for entry in self.read(version.name):
-            if entry.version == version.number:
-                last = None
-            elif entry.action == "rollback" and entry.champion_before == version.number:
-                last = entry
-        return last
+    promoted: bool
+    verdicts: list[GateVerdict]
+    sentences: list[str]
+    champion_before: Version | None
 
 
 class Registry:
     """The registry behind a tracking URI. Every method raises SystemFault, naming the URI, where it cannot be used."""
 
-    def __init__(self, tracking_uri: str, home: Path) -> None:
+    def __init__(self, tracking_uri: str) -> None:
         self.tracking_uri = tracking_uri
-        self.home = home
-        self.ledger = Ledger(home)
         self._api: MlflowClient | None = None
 
     @staticmethod
     def of(context: Context) -> Registry:
         """The registry of the environment: its tracking URI, or the store in its home directory."""
-        return Registry(context.tracking_uri or store.default_tracking_uri(context.home), context.home)
+        return Registry(context.tracking_uri or store.default_tracking_uri(context.home))
 
     def register(
-        self, name: str, artifact: str, fingerprint: str, metrics: Mapping[str, float], params: Mapping[str, Any]
+        self,
+        name: str,
+        artifact: str,
+        fingerprint: str,
+        metrics: Mapping[str, float],
+        params: Mapping[str, Any],
+        gates: Sequence[Gate] = (),
     ) -> Version:
         """Make a version of `name` for an artifact, or find the one it has; the version becomes `candidate`.
 
@@ -122,51 +97,93 @@ class Registry:
             artifact: reference of the output that holds the checkpoint.
             metrics: what the evaluation measured; the newest evaluation counts.
             params: what people look for in a model (architecture), shown beside it.
+            gates: what it takes to become champion; the newest gates count.
         """
         with self._reached() as client:
             number = self._find(client, name, fingerprint)
             if number is None:
                 number = self._create(client, name, artifact, fingerprint, params)
-            for metric, value in metrics.items():
-                client.set_model_version_tag(name, str(number), f"{_METRIC_TAG}{metric}", repr(float(value)))
+            measured = json.dumps({metric: float(value) for metric, value in metrics.items()})
+            client.set_model_version_tag(name, str(number), _METRICS_TAG, measured)
+            client.set_model_version_tag(name, str(number), _GATES_TAG, _GATES.dump_json(tuple(gates)).decode())
             client.set_registered_model_alias(name, "candidate", str(number))
             return self._version(client, name, number)
 
-    def judged(self, version: Version, verdicts: Sequence[GateVerdict]) -> None:
-        """Write `ling_flow.gate.<metric>=pass|fail` on the version; of several gates on a metric all must be passed."""
+    def promote(
+        self, version: Version, gates: Sequence[Gate], force: str | None = None, by_hand: bool = False
+    ) -> Decision:
+        """Judge a version against gates and champion; if it passes, it becomes champion and the champion `previous`.
+
+        A version that was rolled back stays back. Nothing is decided, and nothing recorded, about the champion itself.
+
+        Args:
+            by_hand: somebody asks for just this version. Without it, one that was champion before stays where the
+                later decision put it: a pipeline that runs again does not undo it.
+            force: a reason to promote the version whatever the gates say, recorded.
+
+        Raises:
+            UserError: a gate names a metric that the version's evaluation does not report.
+        """
+        outcome: list[Decision] = []
+
+        def decide(champion: Version | None, records: Sequence[ledger.Recorded]) -> _Move | None:
+            # The same artifact registered again is not held against itself.
+            rival = champion if champion and champion.fingerprint != version.fingerprint else None
+            verdicts = judge(gates, version.metrics, rival.metrics if rival else None)
+            sentences = [verdict.sentence for verdict in verdicts]
+            passed = all(verdict.passed for verdict in verdicts)
+            back = ledger.rolled_back(records, version.number)
+            if champion is not None and champion.number == version.number:
+                outcome.append(Decision(True, verdicts, sentences, champion))
+                return None
+            if back is not None:
+                passed = False
+                sentences.append(f"not promoted: rolled back on {back.time} ({'; '.join(back.reasons)})")
+            elif not by_hand and (later := ledger.displaced(records, version.number)):
+                passed = False
+                sentences.append(f"not promoted: version {later.version} took its place on {later.time}")
+            if not passed and force:
+                passed = True
+                sentences.append(f"promoted all the same: {force}")
+            outcome.append(Decision(passed, verdicts, sentences, champion))
+            previous = champion.number if champion else None
+            if not passed:
+                return _Move("reject", version, None, sentences)
+            return _Move("promote", version, previous, sentences)
+
         with self._reached() as client:
-            for metric in {verdict.gate.metric for verdict in verdicts}:
-                passed = all(verdict.passed for verdict in verdicts if verdict.gate.metric == metric)
-                tag, value = f"{_GATE_TAG}{metric}", "pass" if passed else "fail"
-                client.set_model_version_tag(version.name, str(version.number), tag, value)
-
-    def promote(self, version: Version, reasons: Sequence[str]) -> Version | None:
-        """Make a version champion; the old champion becomes `previous`. The old champion, None where there was none."""
-        with self._reached() as client, self._alone():
-            old = self._by_alias(client, version.name, "champion")
-            if old is not None and old.number == version.number:
-                return old
-            self._move(client, "promote", version, old, reasons)
-            return old
-
-    def reject(self, version: Version, reasons: Sequence[str]) -> None:
-        """Record that a version did not pass; the champion stays."""
-        champion = self.by_alias(version.name, "champion")
-        self._record("reject", version, champion, reasons)
+            self._decide(client, version.name, decide)
+            decision = outcome[-1]
+            self._judged(client, version, decision)
+            return decision
 
     def rollback(self, name: str, reason: str) -> Version:
-        """Make `previous` champion again, and the champion `previous`; the new champion.
+        """Make `previous` champion again; `previous` becomes the champion that it had followed. The new champion.
 
         Raises:
             UserError: there is no previous version.
         """
-        with self._reached() as client, self._alone():
-            previous = self._by_alias(client, name, "previous")
-            if previous is None:
-                raise UserError(f"{name}: there is no previous champion to roll back to")
-            champion = self._by_alias(client, name, "champion")
-            self._move(client, "rollback", previous, champion, [reason])
-            return previous
+        outcome: list[Version] = []
+
+        with self._reached() as client:
+
+            def decide(champion: Version | None, records: Sequence[ledger.Recorded]) -> _Move:
+                target = self._by_alias(client, name, "previous")
+                if target is None:
+                    raise UserError(f"{name}: there is no previous champion to roll back to")
+                outcome.append(target)
+                further = ledger.before(records, target.number)
+                if champion is not None and further == champion.number:
+                    further = None
+                return _Move("rollback", target, further, [reason])
+
+            self._decide(client, name, decide)
+            return outcome[-1]
+
+    def promotions(self, name: str) -> list[ledger.Recorded]:
+        """Every decision about a model, oldest first."""
+        with self._reached() as client:
+            return ledger.read(client, name)
 
     def by_alias(self, name: str, alias: str) -> Version | None:
         """The version an alias points to, None where there is no such alias or model."""
@@ -199,49 +216,69 @@ class Registry:
             self._api = self._api or store.connect(self.tracking_uri)
             yield self._api
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Two promotions on this machine never mix their aliases."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        with (self.home / f"{LEDGER}.lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _judged(self, client: MlflowClient, version: Version, decision: Decision) -> None:
+        """Write `ling_flow.gate.<metric>=pass|fail` on the version, and the sentences as its description.
 
-    def _move(
+        Of several gates on a metric all must be passed.
+        """
+        verdicts, number = decision.verdicts, str(version.number)
+        for metric in {verdict.gate.metric for verdict in verdicts}:
+            passed = all(verdict.passed for verdict in verdicts if verdict.gate.metric == metric)
+            tag, value = f"{_GATE_TAG}{metric}", "pass" if passed else "fail"
+            client.set_model_version_tag(version.name, number, tag, value)
+        client.update_model_version(version.name, number, "; ".join(decision.sentences))
+
+    def _decide(
         self,
         client: MlflowClient,
-        action: Literal["promote", "rollback"],
-        version: Version,
-        old: Version | None,
-        reasons: Sequence[str],
+        name: str,
+        decide: Callable[[Version | None, Sequence[ledger.Recorded]], _Move | None],
     ) -> None:
-        if old is not None:
-            client.set_registered_model_alias(version.name, "previous", str(old.number))
-        client.set_registered_model_alias(version.name, "champion", str(version.number))
-        now = self._record(action, version, old, reasons)
-        client.set_model_version_tag(version.name, str(version.number), f"ling_flow.{action}d_at", now)
+        """Take a decision that knows every decision before it; where another comes first, take it again."""
+        for _ in range(_TRIES):
+            records = ledger.read(client, name)
+            self._carry_out(client, records)
+            champion = self._by_alias(client, name, "champion")
+            move = decide(champion, records)
+            if move is None:
+                return
+            last = ledger.last_move(records)
+            entry = ledger.LedgerEntry(
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                action=move.action,
+                model_name=name,
+                version=move.version.number,
+                champion_before=champion.number if champion else None,
+                previous=move.previous,
+                fingerprint=move.version.fingerprint,
+                reasons=move.reasons,
+                code_version=code_version(),
+                decided_by=_user(),
+                after=last.number if last else 0,
+            )
+            number = ledger.append(client, entry)
+            records = ledger.read(client, name)
+            self._carry_out(client, records)
+            if not next(record for record in records if record.number == number).void:
+                return
+        raise SystemFault(f"{name}: {_TRIES} other decisions came first; try again")
 
-    def _record(
-        self,
-        action: Literal["promote", "reject", "rollback"],
-        version: Version,
-        champion: Version | None,
-        reasons: Sequence[str],
-    ) -> str:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = LedgerEntry(
-            time=now,
-            action=action,
-            model_name=version.name,
-            version=version.number,
-            champion_before=champion.number if champion else None,
-            fingerprint=version.fingerprint,
-            reasons=list(reasons),
-            code_version=code_version(),
-            tracking_uri=self.tracking_uri,
-        )
-        self.ledger.append(entry)
-        return now
+    def _carry_out(self, client: MlflowClient, records: Sequence[ledger.Recorded]) -> None:
+        """Move the aliases as the last move says, if that is still to do; again, where another came meanwhile."""
+        move = ledger.last_move(records)
+        while move is not None and not move.done:
+            entry = move.entry
+            store.settled(client.set_registered_model_alias, entry.model_name, "champion", str(entry.version))
+            if entry.previous is None:
+                client.delete_registered_model_alias(entry.model_name, "previous")
+            else:
+                store.settled(client.set_registered_model_alias, entry.model_name, "previous", str(entry.previous))
+            tag = "ling_flow.promoted_at" if entry.action == "promote" else "ling_flow.rolled_back_to_at"
+            store.settled(client.set_model_version_tag, entry.model_name, str(entry.version), tag, entry.time)
+            ledger.mark_done(client, move)
+            latest = ledger.last_move(ledger.read(client, entry.model_name))
+            # A machine that slept may have undone a later move: that one is made again, done or not.
+            move = latest.model_copy(update={"done": False}) if latest and latest.number != move.number else None
 
     def _create(
         self, client: MlflowClient, name: str, artifact: str, fingerprint: str, params: Mapping[str, Any]
@@ -255,7 +292,7 @@ class Registry:
                 raise
         tags = {store.FINGERPRINT_TAG: fingerprint, store.CODE_TAG: code_version()}
         experiment = store.experiment_id(client, store.EXPERIMENT)
-        model_id = self._logged_model_of(client, experiment, artifact)
+        model_id = store.find_model(client, experiment, artifact)
         if model_id is None:
             model_id = store.log_model(client, experiment, None, name, artifact, params, tags)
         tags[store.ARTIFACT_TAG] = artifact
@@ -266,12 +303,6 @@ class Registry:
         known.append({"name": name, "version": str(made.version)})
         client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(known)})
         return int(made.version)
-
-    def _logged_model_of(self, client: MlflowClient, experiment: str, artifact: str) -> str | None:
-        """The LoggedModel that the producing step made for this artifact."""
-        condition = f"tags.`{store.ARTIFACT_TAG}` = '{artifact}'"
-        found = client.search_logged_models([experiment], condition, max_results=1)
-        return str(found[0].model_id) if found else None
 
     def _find(self, client: MlflowClient, name: str, fingerprint: str) -> int | None:
         condition = f"name = '{name}' and tags.`{store.FINGERPRINT_TAG}` = '{fingerprint}'"
@@ -295,9 +326,26 @@ class Registry:
             fingerprint=tags.get(store.FINGERPRINT_TAG, ""),
             artifact=tags.get(store.ARTIFACT_TAG, ""),
             code_version=tags.get(store.CODE_TAG, ""),
-            metrics={
-                key.removeprefix(_METRIC_TAG): float(value)
-                for key, value in tags.items()
-                if key.startswith(_METRIC_TAG)
-            },
+            metrics=json.loads(tags.get(_METRICS_TAG, "{}")),
+            gates=_GATES.validate_json(tags.get(_GATES_TAG, "[]")),
         )
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A decision before it is written down; `previous` as in the ledger's entry."""
+
+    action: Literal["promote", "reject", "rollback"]
+    version: Version
+    previous: int | None
+    reasons: list[str]
+
+
+def _user() -> str:
+    """Who decides: the registry's user, or the machine's."""
+    if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        return name
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"uid {os.getuid()}"

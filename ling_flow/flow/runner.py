@@ -1,4 +1,5 @@
-"""Run a DAG on this machine through `kfp.local`: KFP's own code executes the graph, each step in a process of its own.
+"""Run a DAG on this machine through `kfp.local`: KFP's own code executes the graph, each step in a process or a
+container of its own.
 
 KFP prints much and says little: its output goes to a log file, the steps speak through their event file, and the caller
 gets a failed step's own error.
@@ -7,6 +8,7 @@ gets a failed step's own error.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -26,6 +28,8 @@ from ling_flow.flow.context import Context
 from ling_flow.flow.dag import LoadedDag, Node
 from ling_flow.flow.identity import code_version
 from ling_flow.flow.live import StepState, Watcher
+
+Runner = Literal["subprocess", "docker"]
 
 
 class DefectError(LingFlowError):
@@ -68,8 +72,13 @@ def run_local(
     context: Context,
     console: Console,
     rebuild: frozenset[str] = frozenset(),
+    runner: Runner = "subprocess",
+    mounts: Sequence[Path] = (),
 ) -> DagRun:
     """Execute `dag`; finished steps are served from their artifacts, killed ones go on from their last checkpoint.
+
+    Args:
+        mounts: files and directories outside the home that steps in containers may read.
 
     Raises:
         UserError, SystemFault, DefectError: the failed step's own error, with its name in front.
@@ -96,14 +105,20 @@ def run_local(
         "LING_FLOW_REBUILD": ",".join(sorted(rebuild)),
         "LING_FLOW_PARENT_RUN_ID": parent or "",
         "MLFLOW_TRACKING_URI": tracking_uri,
-        "LING_FLOW_RUNNER_PID": str(os.getpid()),
+        "LING_FLOW_RUNNER_LOCK": str(directory / "runner.lock"),
+        "LING_FLOW_RUNNER": runner,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])),
     }
     status = "failed"
     watcher = Watcher(directory / "events.jsonl", [node.label for node in plan], console)
     try:
-        with watcher, _environment(environment), _termination_as_interrupt():
-            _execute(dag, arguments, directory)
+        with _lock(directory), watcher, _environment(environment), _termination_as_interrupt():
+            if runner == "docker":
+                _execute_in_containers(dag, arguments, directory, context, tracking_uri, mounts, console)
+            else:
+                from kfp import local
+
+                _execute(dag, arguments, directory, local.SubprocessRunner(use_venv=False))
         status = "finished"
     except RuntimeError as error:  # kfp.local's only word for a failed task
         raise _failure_of(watcher, directory, error) from None
@@ -162,7 +177,7 @@ def _summary(node: Node) -> dict[str, Any]:
     }
 
 
-def _execute(dag: LoadedDag, arguments: Mapping[str, Any], directory: Path) -> None:
+def _execute(dag: LoadedDag, arguments: Mapping[str, Any], directory: Path, runner: Any) -> None:
     """KFP runs the graph; what it and the steps print goes to `log.txt`."""
     from kfp import local
 
@@ -172,8 +187,63 @@ def _execute(dag: LoadedDag, arguments: Mapping[str, Any], directory: Path) -> N
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # about our image's name, and about requests that only a cluster honours
-        local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(directory / "kfp"))
+        local.init(runner=runner, pipeline_root=str(directory / "kfp"))
         dag.pipeline(**arguments)
+
+
+def _execute_in_containers(
+    dag: LoadedDag,
+    arguments: Mapping[str, Any],
+    directory: Path,
+    context: Context,
+    tracking_uri: str,
+    mounts: Sequence[Path],
+    console: Console,
+) -> None:
+    """The same with each step in its image; what still runs at the end is stopped.
+
+    Raises:
+        UserError: an image is missing, or a file lies where containers do not see it.
+        SystemFault: no engine answers, or it went away.
+    """
+    from docker.errors import DockerException
+    from kfp import local
+    from requests import RequestException
+
+    from ling_flow.flow import containers
+
+    containers.check_tracking(context, tracking_uri)
+    engine = containers.Engine.connect()
+    users = set()
+    for image in sorted(containers.images_of(dag.spec)):
+        engine.name_of(image)
+        users.add(engine.user_of(image))
+        built_from = engine.code_version_of(image)
+        if built_from != code_version():
+            console.print(
+                f"image {image} was built from {built_from or 'unknown code'}; this is {code_version()}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+    if len(users) > 1:
+        raise UserError(f"the images of {dag.name} have different users; files of one step would be closed to the next")
+    user = users.pop()
+    (directory / "kfp").mkdir()
+    containers.hand_over(context, directory, user)
+    try:
+        engine.remove_ended(context.home)
+        with containers.kfp_loses_no_exit_code():
+            runner = local.DockerRunner(**containers.runner_arguments(user, context, directory.name, mounts))
+            _execute(dag, arguments, directory, runner)
+    except (DockerException, RequestException) as error:
+        raise SystemFault(f"the container engine failed: {error}") from None
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Held while this process lives: steps, in containers too, look at it and end when it is free."""
+    with (directory / "runner.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _failure_of(watcher: Watcher, directory: Path, error: RuntimeError) -> LingFlowError:

@@ -24,8 +24,9 @@ from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow import events
 from ling_flow.flow.artifact import SCHEMA_VERSION, ArtifactStore, Manifest, OutputRecord, Parent, Ref
 from ling_flow.flow.component import HTML, Component, Input, Output, Step
-from ling_flow.flow.context import Context, spin_briefly
+from ling_flow.flow.context import Context, RunOn, spin_briefly
 from ling_flow.flow.identity import code_version, fingerprint
+from ling_flow.flow.recording import record_inputs, record_outputs
 
 if TYPE_CHECKING:
     from ling_flow.flow.tracking import NullTracker
@@ -63,23 +64,37 @@ class Outcome:
         return {name: self.path(name) for name in self.refs}
 
 
-def run_step(
+@dataclass(frozen=True)
+class Identified:
+    """A step whose identity is known: `config` resolved, `key` its fingerprint, `parents` as in the manifest."""
+
+    component: Component
+    config: Any
+    refs: dict[str, Ref]
+    parents: dict[str, Parent]
+    key: str
+    label: str
+    store: ArtifactStore
+    cache: Path
+
+    def find(self) -> Outcome | None:
+        """The step's finished artifact, if it is there and its side effects still stand."""
+        return _find(self.component, self.label, self.key, self.store)
+
+
+def identify(
     component: Component,
     config: Any,
     inputs: Mapping[str, str | Path | None],
-    *,
-    root: str | Path | None = None,
-    tracker: NullTracker | None = None,
-    rebuild: bool = False,
-) -> Outcome:
-    """Make the step's artifact, or return the one that is there.
+    root: str | Path | None,
+    context: Context,
+) -> Identified:
+    """Which artifact a step makes.
 
     Raises:
-        UserError: an input is missing, of the wrong kind, unknown or damaged; or the artifact found is damaged.
-        SystemFault: a disk is full, an object store does not answer.
+        UserError: an input is missing, of the wrong kind, unknown or damaged.
+        SystemFault: an object store does not answer.
     """
-    spin_briefly()
-    context = Context.from_environment()
     cache = context.home / "cache"
     store = ArtifactStore(root or context.artifacts, cache)
     if component.resolve:
@@ -88,10 +103,41 @@ def run_step(
     parents = {name: Parent(ref=str(ref), fingerprint=f"{ref.fingerprint}/{ref.output}") for name, ref in refs.items()}
     identity = {name: parent.fingerprint for name, parent in parents.items()}
     key = fingerprint(component.name, component.version, config, identity)
-    label = component.label_of(config)
-    rebuild = rebuild or bool({label, component.name} & context.rebuild)
+    return Identified(component, config, refs, parents, key, component.label_of(config), store, cache)
 
-    outcome = None if rebuild else _find(component, label, key, store)
+
+def run_step(
+    component: Component,
+    config: Any,
+    inputs: Mapping[str, str | Path | None],
+    *,
+    root: str | Path | None = None,
+    tracker: NullTracker | None = None,
+    rebuild: bool = False,
+    run_on: RunOn | None = None,
+) -> Outcome:
+    """Make the step's artifact, or return the one that is there.
+
+    Args:
+        run_on: where, whatever component and environment say; None: where they say (`ling_flow.flow.context`).
+
+    Raises:
+        UserError: an input is missing, of the wrong kind, unknown or damaged; or the artifact found is damaged.
+        SystemFault: a disk is full, an object store does not answer.
+    """
+    spin_briefly()
+    context = Context.from_environment()
+    found = identify(component, config, inputs, root, context)
+    config, refs, parents, key, label = found.config, found.refs, found.parents, found.key, found.label
+    store, cache = found.store, found.cache
+    rebuild = rebuild or bool({label, component.name} & context.rebuild)
+    where = run_on or (context.run_on if component.runs_on_of(config) != "process" else "process")
+
+    outcome = None if rebuild else found.find()
+    if outcome is None and where != "process":
+        from ling_flow.flow.jobs import run_as_job
+
+        outcome = run_as_job(found, where, context, rebuild)
     if outcome is None:
         with store.lock(
             component.name, key, lambda: events.emit("log", step=label, text="waiting: another process makes it")
@@ -203,6 +249,7 @@ def _make(
     events.emit("start", step=label, component=component.name, fingerprint=key)
     lineage = {name: parent.model_dump() for name, parent in parents.items()}
     tracker.start_step(label, component.name, key, dumped, lineage)
+    record_inputs(tracker, label, {name: Ref.parse(parent.ref) for name, parent in parents.items()}, store.cache)
     started = time.monotonic()
     try:
         result = component.body(config, **arguments)
@@ -227,6 +274,7 @@ def _make(
             seconds=round(time.monotonic() - started, 3),
         )
         store.commit(manifest)
+        record_outputs(tracker, manifest, store)
     except BaseException:
         if not component.resumable:
             shutil.rmtree(partial, ignore_errors=True)

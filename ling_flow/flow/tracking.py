@@ -2,11 +2,14 @@
 
 A step only queues what it has to say; one background thread talks to the store. While the store is away the queue
 grows, one warning is printed, and everything is sent when the store is back. Where the environment names a run
-(MLFLOW_RUN_ID, given by the server side of Kubeflow Pipelines) the step adopts that run instead of making one.
+(MLFLOW_RUN_ID, given by the server side of Kubeflow Pipelines) the step adopts that run instead of making one. On a
+cluster nobody makes the run of the DAG beforehand: LING_FLOW_KFP_RUN_ID names the run of Kubeflow Pipelines, and the
+steps find the DAG's run by it, or the first of them makes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -27,6 +30,7 @@ __all__ = [
     "Tracker",
     "default_tracking_uri",
     "finish_dag_run",
+    "finish_kfp_run",
     "open_tracker",
     "record_cached",
     "start_dag_run",
@@ -66,13 +70,11 @@ class NullTracker:
     def dataset(self, name: str, source: str, digest: str, context: str) -> None:
         """A dataset the step read or made: `source` path or URL, `digest` of its content, `context` what it was for."""
 
-    def model(self, name: str, path: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str | None:
-        """A model whose files stay at `path` (the reference of an output), as an external LoggedModel.
+    def model(self, name: str, path: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """A model whose files stay at `path` (the reference of an output), as an external LoggedModel."""
 
-        Returns:
-            The LoggedModel's id, or None where the store does not give one within ten seconds.
-        """
-        return None
+    def uses_model(self, path: str) -> None:
+        """The step read the model at `path`: its LoggedModel, if there is one, becomes an input of the run."""
 
     def finish(self, result: Mapping[str, Any], status: str = "finished") -> None:
         """The step ends, `status` is finished, failed or killed; waits at most ten seconds for a store that has not
@@ -82,16 +84,26 @@ class NullTracker:
 class Tracker(NullTracker):
     """A step's run in MLflow. Make it with `open_tracker`."""
 
-    def __init__(self, tracking_uri: str, experiment: str, parent: str | None, adopted: str | None) -> None:
+    def __init__(
+        self,
+        tracking_uri: str,
+        experiment: str,
+        parent: str | None,
+        adopted: str | None,
+        kfp_run_id: str | None = None,
+        ray_job_id: str | None = None,
+    ) -> None:
         self._tracking_uri = tracking_uri
         self._experiment = experiment
         self._parent = parent
         self._adopted = adopted
+        self._kfp_run_id = kfp_run_id
+        self._platform_tags = store.platform_tags(kfp_run_id, ray_job_id)
         self._label = "tracking"
         self._fingerprint = ""
         self._client: MlflowClient | None = None
         self._outbox = Outbox(f"tracking store {tracking_uri}", self._warn, store.passing)
-        self._outbox.put(self._connect)
+        self._connected = self._outbox.put(self._connect)
 
     def start_step(
         self,
@@ -103,7 +115,8 @@ class Tracker(NullTracker):
     ) -> None:
         self._label, self._fingerprint = label, fingerprint
         refs = {name: parent["ref"] for name, parent in inputs.items()}
-        tags, started = store.step_tags(component, fingerprint, refs, identity.code_version()), store.now_ms()
+        tags = {**store.step_tags(component, fingerprint, refs, identity.code_version()), **self._platform_tags}
+        started = store.now_ms()
         self._outbox.put(lambda: self._open_run(label, tags, started))
         self._outbox.put(lambda: store.log_config(self._api, self._run, config))
 
@@ -135,23 +148,21 @@ class Tracker(NullTracker):
     def dataset(self, name: str, source: str, digest: str, context: str) -> None:
         self._outbox.put(lambda: store.log_dataset(self._api, self._run, name, source, digest, context))
 
-    def model(self, name: str, path: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str | None:
-        tags = {store.FINGERPRINT_TAG: self._fingerprint, **tags}
-        answer: Future[str] = self._outbox.put(
-            lambda: store.log_model(self._api, self._experiment, self._run, name, path, params, tags)
-        )
-        try:
-            return answer.result(FINISH_SECONDS)
-        except Exception:  # the outbox has told why
-            return None
+    def model(self, name: str, path: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        tags = {store.FINGERPRINT_TAG: self._fingerprint, **self._platform_tags, **tags}
+        self._outbox.put(lambda: store.log_model(self._api, self._experiment, self._run, name, path, params, tags))
+
+    def uses_model(self, path: str) -> None:
+        self._outbox.put(lambda: store.log_model_input(self._api, self._experiment, self._run, path))
 
     def finish(self, result: Mapping[str, Any], status: str = "finished") -> None:
         self._outbox.put(lambda: store.log_result(self._api, self._run, result))
-        if self._parent is not None and self._adopted is None:
-            self._outbox.put(lambda: store.log_result(self._api, str(self._parent), result, f"{self._label}."))
-        if self._adopted is None:  # an adopted run is closed by whoever made it
+        if self._adopted is None:  # an adopted run is closed by whoever made it, and has the parent that it gave it
+            self._outbox.put(lambda: self._tell_parent(result))
             ended = store.now_ms()
             self._outbox.put(lambda: self._api.set_terminated(self._run, status.upper(), ended))
+        with contextlib.suppress(Exception):  # importing MLflow is no sign of a store that is away
+            self._connected.result(RETURN_SECONDS)
         self._outbox.close(FINISH_SECONDS if self.run_id is None else RETURN_SECONDS)
 
     def _warn(self, text: str) -> None:
@@ -175,6 +186,8 @@ class Tracker(NullTracker):
         self._client = store.connect(self._tracking_uri)
 
     def _open_run(self, label: str, tags: dict[str, str], started: int) -> None:
+        if self._kfp_run_id and not self._adopted and not self._parent:
+            self._parent = store.kfp_parent(self._api, self._experiment, self._kfp_run_id)
         above = self._adopted or self._parent
         if above is not None:
             self._experiment = str(self._api.get_run(above).info.experiment_id)
@@ -186,6 +199,10 @@ class Tracker(NullTracker):
         for key, value in tags.items():
             self._api.set_tag(self._adopted, key, value)
         self.run_id = self._adopted
+
+    def _tell_parent(self, result: Mapping[str, Any]) -> None:
+        if self._parent is not None:
+            store.log_result(self._api, self._parent, result, f"{self._label}.")
 
     def _log_points(self, points: list[tuple[str, float, int, int]]) -> None:
         store.log_points(self._api, self._run, points)
@@ -200,7 +217,10 @@ def open_tracker(context: Context, experiment: str = EXPERIMENT) -> NullTracker:
     if context.tracking_uri is None:
         return NullTracker()
     adopted = os.environ.pop("MLFLOW_RUN_ID", None) or None
-    return Tracker(context.tracking_uri, experiment, context.parent_run_id, adopted)
+    kfp_run_id = os.environ.get("LING_FLOW_KFP_RUN_ID") or None
+    # The second name is for a driver that the Jobs API did not start itself.
+    ray_job_id = os.environ.get("RAY_JOB_SUBMISSION_ID") or os.environ.get("LING_FLOW_RAY_JOB") or None
+    return Tracker(context.tracking_uri, experiment, context.parent_run_id, adopted, kfp_run_id, ray_job_id)
 
 
 def start_dag_run(
@@ -236,13 +256,32 @@ def finish_dag_run(tracking_uri: str, run_id: str, status: str) -> None:
     try:
         with store.reaching(tracking_uri):
             client = store.connect(tracking_uri)
-            experiment = client.get_run(run_id).info.experiment_id
-            unfinished = f"tags.`{store.PARENT_TAG}` = '{run_id}' and attributes.status = 'RUNNING'"
-            for run in client.search_runs([experiment], unfinished):
-                client.set_terminated(run.info.run_id, "KILLED")
-            client.set_terminated(run_id, status.upper())
+            _close_tree(client, run_id, status)
     except SystemFault as error:
         events.emit("log", step="tracking", text=f"{error}; the run of this DAG stays open there")
+
+
+def finish_kfp_run(tracking_uri: str, kfp_run_id: str, status: str) -> str | None:
+    """Close the run that belongs to a run of Kubeflow Pipelines, as `finish_dag_run` does; its id, None where no step
+    of that run ever spoke to the store.
+
+    Raises:
+        SystemFault: the store is away. An exit handler is retried, and should be.
+    """
+    with store.reaching(tracking_uri):
+        client = store.connect(tracking_uri)
+        run_id = store.find_kfp_parent(client, store.experiment_id(client, EXPERIMENT), kfp_run_id)
+        if run_id is not None:
+            _close_tree(client, run_id, status)
+        return run_id
+
+
+def _close_tree(client: MlflowClient, run_id: str, status: str) -> None:
+    experiment = client.get_run(run_id).info.experiment_id
+    unfinished = f"tags.`{store.PARENT_TAG}` = '{run_id}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs([experiment], unfinished):
+        client.set_terminated(run.info.run_id, "KILLED")
+    client.set_terminated(run_id, status.upper())
 
 
 def record_cached(

@@ -16,14 +16,19 @@ from ling_flow.private_ray import prepare_private_ray
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers are small; 75 MiB is Ray's minimum
 
 
-def application(model_dir: Path, model_name: str, fingerprint: str) -> Any:
-    """The Ray Serve application: one replica that holds the model of the checkpoint directory `model_dir`."""
+def application(find: Callable[[], tuple[Path, str, str]]) -> Any:
+    """The Ray Serve application: replicas that hold one model.
+
+    Args:
+        find: gives, on the replica's machine, the checkpoint directory, the model's name and its fingerprint.
+    """
     from ray import serve
 
     def build() -> Any:
         from ling_flow.serving.app import build_app
         from ling_flow.serving.chat import ChatModel
 
+        model_dir, model_name, fingerprint = find()
         return build_app(ChatModel.load(model_dir), model_name, fingerprint)
 
     deployment = serve.deployment(
@@ -46,6 +51,9 @@ def run_until_signal(
         RuntimeError: the application did not come up; the message holds the replica's error.
     """
     address = os.environ.get("RAY_ADDRESS")
+    if address is not None and address.startswith(("http://", "https://")):
+        del os.environ["RAY_ADDRESS"]  # a job server's, where other steps run
+        address = None
     if not address:
         prepare_private_ray()
         # In spite of its name, on every system: Ray's own ports, which know no password, stay off the network.
@@ -75,7 +83,9 @@ def run_until_signal(
         logging = {"log_level": "ERROR"}
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=logging)
         try:
-            serve.run(application(model_dir, model_name, fingerprint), name=model_name, logging_config=logging)
+            serve.run(
+                application(lambda: (model_dir, model_name, fingerprint)), name=model_name, logging_config=logging
+            )
         except RuntimeError as error:
             raise RuntimeError(_reason(model_name) or str(error)) from None
         on_ready()

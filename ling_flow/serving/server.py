@@ -214,13 +214,17 @@ def _wait_healthy(endpoint: Endpoint, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
+def served_fingerprint(url: str) -> str | None:
+    """Of the artifact that an endpoint says it serves; None where nothing of ours answers. `url` is without /v1."""
+    try:
+        return _get_json(f"{url}/health").get("fingerprint")
+    except (OSError, ValueError):
+        return None
+
+
 def _serves(endpoint: Endpoint) -> bool:
     """Whether the endpoint answers and says that it serves what its record says."""
-    try:
-        health = _get_json(f"{endpoint.url}/health")
-    except (OSError, ValueError):
-        return False
-    return bool(health.get("fingerprint") == endpoint.fingerprint)
+    return served_fingerprint(endpoint.url) == endpoint.fingerprint
 
 
 def _get_json(url: str) -> dict[str, Any]:

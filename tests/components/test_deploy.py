@@ -10,6 +10,8 @@ from components.deploy import deploy
 from components.register import register
 from ling_flow.errors import UserError
 from ling_flow.flow.component import Component
+from ling_flow.flow.context import Context
+from ling_flow.flow.promotion import Registry
 from ling_flow.serving.server import endpoint_status, stop_all, stop_endpoint
 from tests.components.serving_steps import measure, train
 
@@ -43,11 +45,13 @@ def test_port_and_host_bear_no_identity() -> None:
         return identity_of(component.parse_config(config))
 
     assert identity(deploy, {"port": 8123, "host": "0.0.0.0"}) == identity(deploy, {})
+    assert identity(deploy, {"rayservice": "chat"}) == identity(deploy, {})
     assert identity(deploy, {"seed": 1}) != identity(deploy, {})
 
 
 @pytest.mark.slow
-def test_the_champion_is_served_replaced_and_proven(home: Path) -> None:
+def test_the_champion_is_served_replaced_and_proven(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # where other steps run as jobs; nothing to an endpoint
     first = registration(0, 0.9)
     outcome = deploy({}, registration=first)
     result = outcome.result
@@ -66,6 +70,15 @@ def test_the_champion_is_served_replaced_and_proven(home: Path) -> None:
     assert second.fingerprint != result.fingerprint
     status = endpoint_status("ling-tiny", home)
     assert status is not None and status.healthy and status.endpoint.version == 2
+
+    registry, still = Registry.of(Context.from_environment()), deploy.still_valid
+    assert still is not None and still(second, home)
+    registry.rollback("ling-tiny", "users complained")
+    assert not still(second, home)  # the alias has moved: the next run deploys
+    again_champion = registry.version("ling-tiny", 2)
+    assert again_champion is not None
+    registry.promote(again_champion, (), "they were wrong", by_hand=True)
+    assert still(second, home)
 
     failed = deploy({}, registration=registration(2, 0.1)).result  # not the champion: version 2 stays
     assert (failed.model_version, failed.fingerprint) == (2, second.fingerprint)

@@ -57,7 +57,7 @@ def test_a_model_that_fails_is_registered_but_not_champion(registry: Registry) -
     assert registry.by_alias("fails", "champion") is None
     candidate = registry.by_alias("fails", "candidate")
     assert candidate is not None and candidate.number == 1
-    assert [entry.action for entry in registry.ledger.read("fails")] == ["reject"]
+    assert [record.entry.action for record in registry.promotions("fails")] == ["reject"]
 
 
 def test_the_next_model_must_hold_against_the_champion(registry: Registry) -> None:

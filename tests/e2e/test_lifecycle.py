@@ -1,7 +1,8 @@
 """The whole lifecycle through the command line, and the figures it must show at preset tiny.
 
-LING_FLOW_TEST_HOME names a home whose artifacts may be used (CI runs the lifecycle there first); without it everything
-is computed.
+LING_FLOW_TEST_HOME names a home whose artifacts may be used. CI runs the lifecycle there first, on a stack in that
+home: MLflow with passwords on PostgreSQL, artifacts on S3. Without it everything is
+computed, and kept in files and SQLite.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from ling_flow.flow.mlflow_store import connect, default_tracking_uri
+from ling_flow.flow.stack import Stack
 from tests.conftest import Called, run_module, user_environment
 from tests.dags.test_lifecycle_ir import PHASES
 
@@ -29,9 +32,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def tiny(home: str) -> Iterator[dict[str, Any]]:
+def stores(home: str) -> dict[str, str]:
+    """The variables that lead to the stack in that home, none where there is no stack."""
+    stack = Stack(Path(home) / "stack")
+    return stack.environment() if stack.status() else {}
+
+
+@pytest.fixture(scope="module")
+def tiny(home: str, stores: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The object that `--json` prints."""
-    environment = user_environment(Path(home))
+    environment = {**user_environment(Path(home)), **stores}
     done = run_module(environment, "run", "lifecycle", "--preset", "tiny", "--json", timeout=1700)
     assert done.code == 0, done.err
     yield done.json
@@ -83,16 +93,20 @@ def test_the_endpoint_answers_over_http(tiny: dict[str, Any]) -> None:
     assert message["reasoning_content"].strip(), "thinking was asked for"
 
 
-def test_a_second_run_is_served_from_artifacts(tiny: dict[str, Any], home: str, call: Call) -> None:
-    again = call("--home", home, "run", "lifecycle", "--preset", "tiny", "--json", timeout=300).json
+def test_a_second_run_is_served_from_artifacts(
+    tiny: dict[str, Any], home: str, stores: dict[str, str], call: Call
+) -> None:
+    again = call("--home", home, "run", "lifecycle", "--preset", "tiny", "--json", timeout=300, **stores).json
     assert all(entry["cached"] for entry in again["phases"].values())
     assert [entry["metrics"] for entry in again["phases"].values()] == [
         entry["metrics"] for entry in tiny["phases"].values()
     ]
 
 
-def test_lineage_leads_back_to_data_and_code(tiny: dict[str, Any], home: str, call: Call) -> None:
-    tree = call("--home", home, "lineage", "models:/ling-tiny@champion", "--json").json
+def test_lineage_leads_back_to_data_and_code(
+    tiny: dict[str, Any], home: str, stores: dict[str, str], call: Call
+) -> None:
+    tree = call("--home", home, "lineage", "models:/ling-tiny@champion", "--json", **stores).json
     seen: list[str] = []
     node = tree["model"]
     while node:
@@ -105,10 +119,12 @@ def test_lineage_leads_back_to_data_and_code(tiny: dict[str, Any], home: str, ca
     ]  # fmt: skip
 
 
-def test_the_run_tree_in_mlflow(tiny: dict[str, Any], home: str) -> None:
-    from ling_flow.flow.mlflow_store import connect
-
-    client = connect(f"sqlite:///{Path(home).absolute()}/mlflow.db")
+def test_the_run_tree_in_mlflow(
+    tiny: dict[str, Any], home: str, stores: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in stores.items():
+        monkeypatch.setenv(name, value)
+    client = connect(stores.get("MLFLOW_TRACKING_URI") or default_tracking_uri(Path(home)))
     parent = client.get_run(tiny["mlflow_run_id"])
     children = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{tiny['mlflow_run_id']}'", max_results=100
@@ -118,3 +134,9 @@ def test_the_run_tree_in_mlflow(tiny: dict[str, Any], home: str) -> None:
     champion = client.get_model_version_by_alias("ling-tiny", "champion")
     assert champion.tags["ling_flow.fingerprint"] == tiny["phases"]["register"]["metrics"]["fingerprint"]
     assert client.get_model_version_by_alias("ling-tiny", "candidate").version == champion.version
+    source = client.get_model_version("ling-tiny", champion.version).source
+    assert client.get_logged_model(source.removeprefix("models:/")).tags["ling_flow.component"] == "preference_pass"
+    (decision,) = [
+        item for item in client.search_model_versions("name = 'ling-tiny.promotions'") if item.version == "1"
+    ]
+    assert decision.description.startswith(f"promote version {champion.version}: passed: ")

@@ -1,11 +1,16 @@
-from pathlib import Path
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 
 from ling_flow.errors import SystemFault, UserError
-from ling_flow.evaluation.gate import Gate, judge
-from ling_flow.flow import mlflow_store
+from ling_flow.evaluation.gate import Gate
+from ling_flow.flow import ledger, mlflow_store
 from ling_flow.flow.promotion import Registry, Version
+from tests.conftest import Called
+
+GATES = (Gate(metric="score", threshold=0.3, min_change=-0.1),)
 
 
 @pytest.fixture(scope="module")
@@ -14,20 +19,20 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def registry(tmp_path: Path, uri: str) -> Registry:
-    return Registry(uri, tmp_path)
+def registry(uri: str) -> Registry:
+    return Registry(uri)
 
 
 def register(registry: Registry, name: str, fingerprint: str, score: float = 0.5) -> Version:
     artifact = f"/root/preference_pass/{fingerprint}/model"
-    return registry.register(name, artifact, fingerprint, {"score": score}, {"layers": 4})
+    return registry.register(name, artifact, fingerprint, {"score": score}, {"layers": 4}, GATES)
 
 
 def test_a_version_leads_back_to_its_artifact(registry: Registry) -> None:
     version = register(registry, "one", "f1")
     assert (version.name, version.number, version.uri) == ("one", 1, "models:/one/1")
     assert (version.fingerprint, version.artifact) == ("f1", "/root/preference_pass/f1/model")
-    assert version.metrics == {"score": 0.5}
+    assert (version.metrics, version.gates) == ({"score": 0.5}, GATES)
     assert registry.version("one", 1) == registry.by_alias("one", "candidate") == version
 
     client = mlflow_store.connect(registry.tracking_uri)
@@ -70,29 +75,141 @@ def test_what_is_not_there(registry: Registry) -> None:
     assert registry.logged_model("m-0123456789abcdef0123456789abcdef") is None
 
 
+def aliases(registry: Registry, name: str) -> tuple[int | None, int | None]:
+    """Numbers of champion and previous."""
+    champion, previous = registry.by_alias(name, "champion"), registry.by_alias(name, "previous")
+    return champion.number if champion else None, previous.number if previous else None
+
+
 def test_promotion_and_rollback_move_the_aliases_and_are_recorded(registry: Registry) -> None:
-    first, second = register(registry, "moves", "f1"), register(registry, "moves", "f2")
-    assert registry.promote(first, ["passed: a"]) is None
-    assert registry.promote(second, ["passed: b"]) == first
-    assert registry.promote(second, ["passed: b"]) == second  # already champion: nothing moves, nothing is recorded
-    assert (registry.by_alias("moves", "champion"), registry.by_alias("moves", "previous")) == (second, first)
+    first, second, third = (register(registry, "moves", fingerprint) for fingerprint in ("f1", "f2", "f3"))
+    assert registry.promote(first, GATES).champion_before is None
+    assert registry.promote(second, GATES).champion_before == first
+    assert registry.promote(second, GATES).promoted  # already champion: nothing moves, nothing is recorded
+    assert aliases(registry, "moves") == (2, 1)
+    registry.promote(third, GATES)
 
-    assert registry.ledger.rolled_back(second) is None
-    assert registry.rollback("moves", "too slow") == first
-    assert (registry.by_alias("moves", "champion"), registry.by_alias("moves", "previous")) == (first, second)
-    word = registry.ledger.rolled_back(second)
-    assert word is not None and word.reasons == ["too slow"]
+    assert registry.rollback("moves", "too slow") == second
+    assert aliases(registry, "moves") == (2, 1), "a second rollback goes further back, not to and fro"
+    assert registry.rollback("moves", "too slow as well") == first
+    assert aliases(registry, "moves") == (1, None)
+    with pytest.raises(UserError, match="moves: there is no previous champion"):
+        registry.rollback("moves", "why not")
 
-    registry.reject(second, ["failed: c"])
-    entries = registry.ledger.read("moves")
-    assert [(entry.action, entry.version, entry.champion_before) for entry in entries] == [
+    refused = registry.promote(third, GATES)
+    assert not refused.promoted
+    assert refused.sentences[-1].startswith("not promoted: rolled back on") and "(too slow)" in refused.sentences[-1]
+    assert registry.promote(third, GATES, force="fixed the tokenizer").promoted
+    assert aliases(registry, "moves") == (3, 1)
+
+    records = registry.promotions("moves")
+    assert [(record.entry.action, record.entry.version, record.entry.champion_before) for record in records] == [
         ("promote", 1, None),
         ("promote", 2, 1),
+        ("promote", 3, 2),
+        ("rollback", 2, 3),
         ("rollback", 1, 2),
-        ("reject", 2, 1),
+        ("reject", 3, 1),
+        ("promote", 3, 1),
     ]
-    assert entries[1].reasons == ["passed: b"]
-    assert (entries[1].fingerprint, entries[1].tracking_uri) == ("f2", registry.tracking_uri)
+    assert all(not record.void for record in records)
+    assert records[1].entry.fingerprint == "f2"
+    assert records[1].entry.reasons[0].startswith("passed: score is 0.5")
+    assert records[-1].entry.reasons[-1] == "promoted all the same: fixed the tokenizer"
+
+
+def test_the_gates_hold_a_version_back(registry: Registry) -> None:
+    best, worse = register(registry, "held", "f1", 0.9), register(registry, "held", "f2", 0.7)
+    assert registry.promote(best, GATES).promoted
+    decision = registry.promote(worse, GATES)
+    assert (decision.promoted, decision.champion_before) == (False, best)
+    assert decision.sentences[0].startswith("failed: score is 0.7")
+    assert aliases(registry, "held") == (1, None)
+    tags = mlflow_store.connect(registry.tracking_uri).get_model_version("held", "2").tags
+    assert tags["ling_flow.gate.score"] == "fail"
+
+
+def test_of_several_gates_on_a_metric_all_must_be_passed(registry: Registry) -> None:
+    version = register(registry, "gates", "f1", 0.95)
+    registry.promote(version, [*GATES, Gate(metric="score", threshold=0.9, comparison="<=")])
+    tags = mlflow_store.connect(registry.tracking_uri).get_model_version("gates", "1").tags
+    assert tags["ling_flow.gate.score"] == "fail"
+
+
+def test_a_version_that_another_displaced_comes_back_only_by_hand(registry: Registry) -> None:
+    first, second = register(registry, "displaced", "f1"), register(registry, "displaced", "f2")
+    registry.promote(second, GATES)
+    registry.promote(first, GATES, by_hand=True)
+    again = registry.promote(second, GATES)  # a pipeline that runs once more
+    assert not again.promoted
+    assert again.sentences[-1].startswith("not promoted: version 1 took its place on")
+    assert registry.promote(second, GATES, by_hand=True).promoted
+
+
+def test_an_alias_moved_by_hand_counts(registry: Registry) -> None:
+    first, second, third = (register(registry, "hand", fingerprint) for fingerprint in ("f1", "f2", "f3"))
+    registry.promote(first, GATES)
+    mlflow_store.connect(registry.tracking_uri).set_registered_model_alias("hand", "champion", "2")
+    assert registry.promote(third, GATES).champion_before == second
+    assert aliases(registry, "hand") == (3, 2)
+
+
+def test_a_decision_that_was_not_carried_out_is_carried_out_by_the_next(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (register(registry, "dies", fingerprint) for fingerprint in ("f1", "f2", "f3"))
+    registry.promote(first, GATES)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "mark_done", die)
+        patch.setattr("mlflow.MlflowClient.set_registered_model_alias", die)
+        with pytest.raises(KeyboardInterrupt):
+            registry.promote(second, GATES)
+    assert aliases(registry, "dies") == (1, None)
+    assert registry.promote(third, GATES).champion_before == second
+    assert aliases(registry, "dies") == (3, 2)
+
+
+def test_of_two_decisions_at_once_the_first_counts_and_the_other_is_taken_again(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (register(registry, "race", f"f{n}", score) for n, score in enumerate((0.5, 0.6, 0.9)))
+    registry.promote(first, GATES)
+    append = ledger.append
+
+    def overtaken(*arguments: object) -> int:
+        monkeypatch.setattr(ledger, "append", append)
+        assert Registry(registry.tracking_uri).promote(third, GATES).promoted
+        return append(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ledger, "append", overtaken)
+    decision = registry.promote(second, GATES)  # good enough against the first, not against the third
+    assert (decision.promoted, decision.champion_before) == (False, third)
+    assert aliases(registry, "race") == (3, 1)
+    told = [(record.entry.action, record.entry.version, record.void) for record in registry.promotions("race")]
+    assert told == [("promote", 1, False), ("promote", 3, False), ("promote", 2, True), ("reject", 2, False)]
+
+
+@pytest.mark.slow
+def test_processes_that_promote_at_once_agree(registry: Registry) -> None:
+    code = (
+        "import sys; from ling_flow.flow.promotion import Registry; r = Registry(sys.argv[1])\n"
+        "for n in map(int, sys.argv[2:]): r.promote(r.version('many', n), (), by_hand=True)"
+    )
+    for number in range(3):
+        register(registry, "many", f"f{number}")
+    orders = (("1", "2", "3"), ("3", "2", "1"))
+    workers = [subprocess.Popen([sys.executable, "-c", code, registry.tracking_uri, *order]) for order in orders]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    moves = [record for record in registry.promotions("many") if record.moves]
+    champion = None
+    for record in moves:  # each decision knew the one before it: nothing is lost
+        assert record.entry.champion_before == champion
+        champion = record.entry.version
+    assert aliases(registry, "many") == (champion, moves[-1].entry.champion_before)
 
 
 def test_no_rollback_without_a_previous_champion(registry: Registry) -> None:
@@ -101,27 +218,42 @@ def test_no_rollback_without_a_previous_champion(registry: Registry) -> None:
         registry.rollback("first", "why not")
 
 
-def test_gate_verdicts_are_tags(registry: Registry) -> None:
-    version = register(registry, "gates", "f1")
-    gates = [
-        Gate(metric="a", threshold=0.5),
-        Gate(metric="b", threshold=0.5),
-        Gate(metric="b", threshold=0.9, comparison="<="),
-    ]
-    registry.judged(version, judge(gates, {"a": 0.6, "b": 0.95}))
-    tags = mlflow_store.connect(registry.tracking_uri).get_model_version("gates", "1").tags
-    assert (tags["ling_flow.gate.a"], tags["ling_flow.gate.b"]) == ("pass", "fail")
-
-
-def test_a_damaged_ledger_is_named_with_its_line(registry: Registry) -> None:
+def test_a_damaged_entry_is_named(registry: Registry) -> None:
     registry.promote(register(registry, "ledger", "f1"), [])
-    with registry.ledger.path.open("a") as file:
-        file.write('{"time": "now"}\n')
-    with pytest.raises(UserError, match=r"promotions\.jsonl:2"):
-        registry.ledger.read()
+    client = mlflow_store.connect(registry.tracking_uri)
+    client.set_model_version_tag("ledger.promotions", "1", "ling_flow.entry", '{"time": "now"}')
+    with pytest.raises(UserError, match=r"models:/ledger\.promotions/1: tag ling_flow\.entry"):
+        registry.promotions("ledger")
 
 
-def test_a_registry_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registry_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(SystemFault, match=r"tracking store http://127\.0\.0\.1:9 cannot be used"):
-        Registry("http://127.0.0.1:9", tmp_path).by_alias("any", "champion")
+        Registry("http://127.0.0.1:9").by_alias("any", "champion")
+
+
+@pytest.mark.slow
+def test_the_command_line(registry: Registry, call: Callable[..., Called]) -> None:
+    store = {"MLFLOW_TRACKING_URI": registry.tracking_uri}
+    for fingerprint, score in (("f1", 0.5), ("f2", 0.9), ("f3", 0.1)):
+        register(registry, "typed", fingerprint, score)
+    assert call("promote", "typed", "1", "--json", **store).json["champion_before"] is None
+    done = call("promote", "typed", "2", **store)
+    assert done.out.splitlines()[-1] == "typed: version 2 is champion now, version 1 was before"
+    refused = call("promote", "typed", "3", **store)
+    assert refused.code == 2
+    assert "error: typed: version 3 is not promoted: failed: score is 0.1, asked >= 0.3" in refused.err
+    assert call("rollback", "typed", "--reason", "too slow", "--json", **store).json["champion"] == 1
+    refused = call("promote", "typed", "2", **store)
+    assert refused.code == 2 and "rolled back on" in refused.err and "(too slow)" in refused.err
+    assert call("promote", "typed", "2", "--force", "fixed", **store).code == 0
+    listed = call("promotions", "typed", **store).out.splitlines()
+    assert [line.split("  ")[-1].split(" (")[0].split(":")[0] for line in listed] == [
+        "promote version 1",
+        "promote version 2",
+        "reject version 3",
+        "rollback version 1",
+        "reject version 2",
+        "promote version 2",
+    ]
+    assert "no version 9" in call("promote", "typed", "9", **store).err

@@ -1,6 +1,6 @@
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,14 @@ import pytest
 
 from ling_flow.flow import mlflow_store, tracking
 from ling_flow.flow.context import Context
-from ling_flow.flow.tracking import NullTracker, finish_dag_run, open_tracker, record_cached, start_dag_run
+from ling_flow.flow.tracking import (
+    NullTracker,
+    finish_dag_run,
+    finish_kfp_run,
+    open_tracker,
+    record_cached,
+    start_dag_run,
+)
 from tests.flow.mlflow_server import Server, free_port
 
 PARENT = {"corpus": {"ref": "/root/prepare_data/abc/corpus", "fingerprint": "abc/corpus"}}
@@ -27,6 +34,13 @@ def only_run(uri: str, condition: str) -> Any:
     client = mlflow_store.connect(uri)
     (run,) = client.search_runs([mlflow_store.experiment_id(client, mlflow_store.EXPERIMENT)], condition)
     return run
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_no_store_no_record(tmp_path: Path) -> None:
@@ -50,7 +64,7 @@ def test_a_step_under_its_dag_run(tmp_path: Path, uri: str) -> None:
     plot.write_text("a plot")
     tracker.artifact(plot)
     plot.unlink()  # the step may move its files as soon as the call returns
-    model_id = tracker.model("base", "/root/pretrain/f1/model", {"layers": 4}, {"stage": "base"})
+    tracker.model("base", "/root/pretrain/f1/model", {"layers": 4}, {"stage": "base"})
     tracker.finish({"validation_loss": 1.5, "url": "here", "passed": True}, "finished")
     finish_dag_run(uri, parent, "finished")
 
@@ -75,12 +89,11 @@ def test_a_step_under_its_dag_run(tmp_path: Path, uri: str) -> None:
     assert trial.data.params == {"learning_rate": "0.1"}
     assert (trial.data.metrics, trial.info.status) == ({"loss": 2.5}, "FINISHED")
 
-    assert model_id is not None
-    model = client.get_logged_model(model_id)
+    (output,) = child.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
     assert (str(model.status), model.source_run_id) == ("READY", child.info.run_id)
     assert model.tags["ling_flow.artifact_uri"] == "/root/pretrain/f1/model"
     assert model.tags["ling_flow.fingerprint"] == "f1"
-    assert [output.model_id for output in child.outputs.model_outputs] == [model_id]
 
     top = client.get_run(parent)
     assert top.info.status == "FINISHED"
@@ -106,6 +119,42 @@ def test_adopts_the_run_that_the_platform_made(tmp_path: Path, uri: str, monkeyp
     assert run.info.status == "RUNNING"  # its maker closes it
 
 
+def test_steps_of_a_kfp_run_agree_on_one_run_above_them(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LING_FLOW_KFP_RUN_ID", "kfp-1")
+    monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "job-1")
+    trackers = [open_tracker(context(tmp_path, uri)) for _ in range(2)]
+    for number, tracker in enumerate(trackers):  # both find none, and both make one
+        tracker.start_step(f"step_{number}", "pretrain", f"k{number}", {}, {})
+    for number, tracker in enumerate(trackers):
+        tracker.model(f"step_{number}", f"/root/pretrain/k{number}/model", {}, {})
+        tracker.finish({"loss": 1.0}, "finished")
+    late = open_tracker(context(tmp_path, uri))
+    late.start_step("step_2", "evaluate", "k2", {}, {})
+    late.uses_model("/root/pretrain/k0/model")
+    client = mlflow_store.connect(uri)
+    wait_for(lambda: late.run_id is not None and len(client.get_run(late.run_id).inputs.model_inputs) > 0)
+
+    parent = finish_kfp_run(uri, "kfp-1", "failed")
+    assert parent is not None and finish_kfp_run(uri, "kfp-2", "failed") is None
+    experiment = mlflow_store.experiment_id(client, mlflow_store.EXPERIMENT)
+    runs = client.search_runs([experiment], "tags.`ling_flow.kfp_run_id` = 'kfp-1'")
+    above = [run for run in runs if run.data.tags.get("ling_flow.dag_run")]
+    below = {run.info.run_name: run for run in runs if run not in above}
+    assert [(run.info.run_id, run.info.status) for run in above] == [(parent, "FAILED")]
+    assert {run.data.tags["mlflow.parentRunId"] for run in below.values()} == {parent}
+    assert {name: run.info.status for name, run in below.items()} == {
+        "step_0": "FINISHED",
+        "step_1": "FINISHED",
+        "step_2": "KILLED",
+    }
+    assert above[0].data.metrics == {"step_0.loss": 1.0, "step_1.loss": 1.0}
+    assert below["step_0"].data.tags["ling_flow.ray_job_id"] == "job-1"
+    made, used = below["step_0"].outputs.model_outputs, client.get_run(str(late.run_id)).inputs.model_inputs
+    assert [model.model_id for model in used] == [model.model_id for model in made]
+
+
 def test_a_cached_step_is_recorded_with_the_same_numbers(uri: str) -> None:
     parent = start_dag_run(uri, "lifecycle-2", "tiny", {}, "0.1+abc")
     assert parent is not None
@@ -123,7 +172,7 @@ def test_the_dag_run_closes_steps_that_were_killed(tmp_path: Path, uri: str) -> 
     assert parent is not None
     tracker = open_tracker(context(tmp_path, uri, parent))
     tracker.start_step("pretrain_mid", "pretrain", "f4", {}, {})
-    tracker.model("m", "/p", {}, {})  # waits until the run is there
+    wait_for(lambda: tracker.run_id is not None)
     finish_dag_run(uri, parent, "failed")
     assert only_run(uri, "tags.`ling_flow.fingerprint` = 'f4'").info.status == "KILLED"
     assert mlflow_store.connect(uri).get_run(parent).info.status == "FAILED"
@@ -175,7 +224,7 @@ def test_what_is_said_while_the_server_is_away_arrives_later(
     tracker = open_tracker(context(tmp_path, server.uri))
     tracker.start_step("pretrain", "pretrain", "f7", {}, {})
     tracker.metrics({"loss": 2.0}, 0)
-    assert tracker.model("m", "/p", {}, {}) is not None
+    wait_for(lambda: tracker.run_id is not None)
     server.stop()
     begun = time.monotonic()
     for step in range(1, 2001):

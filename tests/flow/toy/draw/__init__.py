@@ -39,7 +39,11 @@ class DrawResult(StrictModel):
 
 
 @component(
-    version=3, resources=Resources(cpus=1, memory_gib=0.5), resumable=True, label=lambda config: f"draw_{config.name}"
+    version=3,
+    resources=Resources(cpus=1, memory_gib=0.5),
+    resumable=True,
+    label=lambda config: f"draw_{config.name}",
+    runs_on="job",
 )
 def draw(
     config: DrawConfig, numbers: Output[Dataset], summary: Output[Metrics], report: Output[HTML], step: Step

@@ -1,0 +1,177 @@
+"""A server of this machine that outlives the command that started it: start, look at, stop.
+
+`<directory>/<name>.lock` is held by the process while it runs (the kernel frees it, however the process ends),
+`<name>.pid` holds the id of its session, `<name>.log` its output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ling_flow.errors import SystemFault, UserError
+
+HOST = "127.0.0.1"
+_MARK = "LING_FLOW_DAEMON"  # in the environment of a server and its children: whose they are
+_STOP_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A server named `name`, its record and log in `directory`; `stop_signal` asks it to end in good order."""
+
+    name: str
+    directory: Path
+    stop_signal: signal.Signals = signal.SIGTERM
+
+    @property
+    def log(self) -> Path:
+        """File with all its output."""
+        return self.directory / f"{self.name}.log"
+
+    def running(self) -> bool:
+        """Whether its process is there."""
+        if not self.directory.is_dir():
+            return False
+        with self._file("lock").open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], account: pwd.struct_passwd | None) -> None:
+        """Start it in a session of its own; `account` is whom it runs as, None for ourselves."""
+        self.kill_stragglers()
+        with self.log.open("ab") as output, self._file("lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            process = subprocess.Popen(
+                command,
+                env={**environment, _MARK: self._mark},
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,
+                **as_account(account),
+            )
+        self._file("pid").write_text(f"{process.pid}\n")
+
+    def wait_until(self, healthy: Callable[[], bool], seconds: float) -> None:
+        """
+        Raises:
+            SystemFault: it ended or did not answer in time; the message holds the end of its log.
+        """
+        until = time.monotonic() + seconds
+        while not healthy():
+            if not self.running():
+                raise SystemFault(f"{self.name} ended as it started; {self._tail()}")
+            if time.monotonic() > until:
+                raise SystemFault(f"{self.name} did not answer within {seconds:.0f} s; {self._tail()}")
+            time.sleep(0.1)
+
+    def stop(self) -> bool:
+        """End it, by force after half a minute; whether it was running."""
+        was_running = self.running()
+        if was_running:
+            pid = int(self._file("pid").read_text())
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, self.stop_signal)
+            until = time.monotonic() + _STOP_SECONDS
+            while self.running() and time.monotonic() < until:
+                time.sleep(0.05)
+            if self.running():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+        self.kill_stragglers()
+        self._file("pid").unlink(missing_ok=True)
+        return was_running
+
+    def kill_stragglers(self) -> None:
+        """End children that outlived a server that was killed, and wait until they are gone: they keep its port."""
+        until = time.monotonic() + _STOP_SECONDS
+        while (pids := self._marked()) and time.monotonic() < until:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    def _marked(self) -> list[int]:
+        """Processes that have this server's mark in their environment; of one that has ended it cannot be read."""
+        mark = f"{_MARK}={self._mark}".encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in entry.read_bytes().split(b"\0"):
+                    found.append(int(entry.parent.name))
+        return found
+
+    @property
+    def _mark(self) -> str:
+        return f"{self.directory}/{self.name}"
+
+    def _file(self, suffix: str) -> Path:
+        return self.directory / f"{self.name}.{suffix}"
+
+    def _tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return f"log: {self.log}\n" + "\n".join(lines[-8:])
+
+
+def as_account(account: pwd.struct_passwd | None) -> dict[str, Any]:
+    """Arguments for `subprocess` to run a program as another user; None changes nothing."""
+    return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+
+def free_ports(count: int, first: int) -> list[int]:
+    """The first ports from `first` on that nothing listens at."""
+    found: list[int] = []
+    for port in range(first, 65536):
+        if port_is_free(port):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise SystemFault(f"there are no {count} free ports from {first} on")
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server may listen there; one that ended a moment ago does not count."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def soon_free(port: int) -> bool:
+    """The same within ten seconds: a process that was killed closes its sockets last."""
+    until = time.monotonic() + 10
+    while not port_is_free(port):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def need_program(path: str | None, name: str, package: str) -> str:
+    """The program's path.
+
+    Raises:
+        UserError: it is not there; the message says what brings it.
+    """
+    if path is None:
+        raise UserError(f"{name}: not found on this machine; {package}")
+    return path

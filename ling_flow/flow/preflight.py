@@ -1,0 +1,85 @@
+"""Before anything is spent: are the credentials for the tracking store and the artifact root good?"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+
+from ling_flow.errors import UserError
+from ling_flow.flow import mlflow_store as store
+from ling_flow.flow.artifact import ArtifactStore
+from ling_flow.flow.context import Context
+
+_KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+}
+
+
+def check_access(context: Context, write: bool) -> list[str]:
+    """What is away at the moment, one line each. A tracking store may be: its record is kept until it is back.
+
+    An artifact root that is away is not reported here: reading the first manifest says so.
+
+    Args:
+        write: also try to write to the artifact root (a small object, removed at once), as a run will.
+
+    Raises:
+        UserError: credentials are refused, or the bucket does not exist; the message names the variables.
+    """
+    _check_artifacts(context, write)
+    away = _check_tracking(context.tracking_uri)
+    return [away] if away else []
+
+
+def _check_tracking(uri: str | None) -> str | None:
+    if uri is None or not uri.startswith(("http://", "https://")):
+        return None
+    try:
+        store.connect(uri).search_experiments(max_results=1)
+    except Exception as error:
+        code = getattr(error, "error_code", None)
+        if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+            raise UserError(
+                f"MLFLOW_TRACKING_URI {uri}: refuses the credentials; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to valid ones"
+            ) from None
+        if code == "PERMISSION_DENIED":
+            user = os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
+            raise UserError(f"MLFLOW_TRACKING_URI {uri}: {user} may not read experiments there") from None
+        if not store.passing(error):
+            raise UserError(f"MLFLOW_TRACKING_URI {uri}: {' '.join(str(error).split())[:200]}") from None
+        return f"tracking store {uri} does not answer: what a run tells it is kept, and sent when it is back"
+    return None
+
+
+def _check_artifacts(context: Context, write: bool) -> None:
+    artifacts = ArtifactStore(context.artifacts, context.home / "cache")
+    if not artifacts.remote:
+        return
+    root, remote = artifacts.root, artifacts.remote
+    try:
+        _read(artifacts)
+        if write:
+            probe = f"{root}/.probe-{uuid.uuid4().hex}"
+            remote.pipe_file(probe, b"")
+            remote.rm_file(probe)
+    except FileNotFoundError:
+        bucket = remote._strip_protocol(root).split("/")[0]
+        raise UserError(f"LING_FLOW_ARTIFACTS {root}: there is no bucket {bucket}; make it, or name another") from None
+    except Exception as error:
+        if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
+            keys = _KEYS.get(root.partition("://")[0], "the credentials")
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise UserError(f"LING_FLOW_ARTIFACTS {root}: refused ({reason}); check {keys}") from None
+
+
+def _read(artifacts: ArtifactStore) -> None:
+    """List the root; one that is not there yet is as good as an empty one, if its bucket is there."""
+    remote, root = artifacts.remote, artifacts.root
+    try:
+        remote.ls(root, refresh=True)
+    except FileNotFoundError:
+        with contextlib.suppress(PermissionError):  # some may read below the root only
+            remote.ls(remote._strip_protocol(root).split("/")[0], refresh=True)

@@ -1,0 +1,143 @@
+"""A step as a job, without a cluster: its name, its command, what reaches it, and how its output is taken."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy.average import average
+from toy.draw import DrawConfig, draw
+
+from ling_flow.errors import RemoteDefect, SystemFault, UserError
+from ling_flow.flow.component import Resources
+from ling_flow.flow.context import Context
+from ling_flow.flow.job_settings import JobSettings
+from ling_flow.flow.jobs import Ended, Job, JobOutput, failure, job_of
+from ling_flow.flow.step import identify, run_step
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+def job(config: DrawConfig | None = None, root: str = "/somewhere", settings: JobSettings | None = None) -> Job:
+    context = Context.from_environment()
+    step = identify(draw, config or DrawConfig(), {}, root, context)
+    return job_of(step, context, settings or JobSettings(), rebuild=False)
+
+
+def test_the_name_says_which_artifact_where_and_fits_kubernetes() -> None:
+    assert job().name(1) == job().name(1)
+    assert job(root="/elsewhere").name(1) != job().name(1)
+    assert job(DrawConfig(count=11)).name(1) != job().name(1)
+    assert job(DrawConfig(pause=1)).name(1) == job().name(1)
+    assert job().name(2) == f"{job().name(1)}-2"
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job().name(99)) and len(job().name(99)) <= 47
+
+
+def test_the_command_makes_the_artifact_whatever_the_config_holds(tmp_path: Path) -> None:
+    config = DrawConfig(count=2, name='it\'s "$HOME" `x`\n')
+    command = job(config, root=str(tmp_path / "a root")).entrypoint("it", sys.executable)
+    done = subprocess.run(["sh", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [event["event"] for event in events][-1] == "done"
+    assert identify(draw, config, {}, tmp_path / "a root", Context.from_environment()).find() is not None
+
+
+def test_secrets_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+        monkeypatch.setenv(name, "topsecret")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3:8333")
+    sent = job(settings=JobSettings(env={"MINE": "1"}))
+    words = shlex.split(sent.entrypoint("it"))
+    assert {"MLFLOW_TRACKING_URI=http://mlflow:5000", "AWS_ENDPOINT_URL=http://s3:8333", "MINE=1"} <= set(words)
+    assert "LING_FLOW_RUN_ON=process" in words
+    assert "topsecret" not in repr(sent) + str(sent.notes)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:topsecret@mlflow:5000")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI: holds a password") as error:
+        job()
+    assert "topsecret" not in str(error.value)
+
+
+def test_what_a_job_reserves() -> None:
+    assert job().reserved == Resources(cpus=1, memory_gib=0.5)
+    assert job(settings=JobSettings(resources=Resources(gpus=8))).reserved == Resources(gpus=8)
+
+
+def test_heavy_components_may_become_jobs() -> None:
+    from components.plan import PlanConfig, resolve_lifecycle
+    from components.prepare_data import prepare_data
+    from components.pretrain import pretrain
+    from components.wind_tunnel import wind_tunnel
+
+    lifecycle = resolve_lifecycle(PlanConfig())
+    stage = lifecycle.pretrain_short
+    assert pretrain.runs_on_of(stage) == "job"
+    # Ray Train's workers need what the job would hold on to.
+    assert pretrain.runs_on_of(stage.model_copy(update={"run_on": "ray"})) == "ray"
+    assert wind_tunnel.runs_on_of(lifecycle.wind_tunnel) == "ray"
+    assert prepare_data.runs_on_of(lifecycle.prepare_data) == "process"
+
+
+def test_output_in_pieces(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LING_FLOW_EVENTS", str(tmp_path / "events"))
+    output = JobOutput("draw")
+    text = (
+        "Running entrypoint for job x: exec env …\n"
+        '{"event": "start", "time": 1.0, "step": "draw", "component": "draw", "fingerprint": "f"}\n'
+        '{"event": "progress", "time": 2.0, "step": "draw", "done": 1, "total": 1, "text": "", "metrics": {}}\n'
+        "a warning\n"
+        '{"event": "half\n'
+        '{"event": "error", "time": 3.0, "step": "draw", "kind": "defect", "message": "K: 1",'
+        ' "traceback": "T\\nK: 1\\n"}\n'
+        "T\nK: 1\nerror: K: 1\nthe end"
+    )
+    for start in range(0, len(text), 7):
+        output.feed(text[start : start + 7])
+    output.close()
+    assert capsys.readouterr().err == 'a warning\n{"event": "half\nthe end\n'
+    (told,) = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    assert (told["event"], told["step"], told["done"]) == ("progress", "draw", 1)
+    error = failure(Ended("x", "FAILED"), output)
+    assert isinstance(error, RemoteDefect) and (str(error), error.traceback) == ("K: 1", "T\nK: 1\n")
+
+
+@pytest.mark.parametrize(
+    ("ended", "kind", "text"),
+    [
+        (Ended("x", "STOPPED"), SystemFault, "job x was stopped by someone"),
+        (Ended("x", "FAILED", "killed", -9), SystemFault, "without a word of its own: killed; run again"),
+        (Ended("x", "FAILED", "the node is lost"), SystemFault, "the node is lost; run again"),
+        (Ended("x", "FAILED", "No module named components", 1), UserError, "is this package in the job's image"),
+    ],
+)
+def test_a_job_that_does_not_say_why(ended: Ended, kind: type[Exception], text: str) -> None:
+    error = failure(ended, JobOutput("draw"))
+    assert isinstance(error, kind) and text in str(error)
+
+
+def test_wrong_settings_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LING_FLOW_RUN_ON", "ray")
+    with pytest.raises(UserError, match="LING_FLOW_RUN_ON: must be one of process, ray-job, rayjob, got 'ray'"):
+        run_step(draw, DrawConfig(), {})
+    monkeypatch.setenv("LING_FLOW_RUN_ON", "ray-job")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=r"RAY_ADDRESS: must be the URL of a Ray job server.*it is not set"):
+        run_step(draw, DrawConfig(), {})
+    monkeypatch.setenv("LING_FLOW_JOB", '{"workingdir": "."}')
+    with pytest.raises(UserError, match=r"LING_FLOW_JOB.workingdir: unknown field; did you mean 'working_dir'"):
+        run_step(draw, DrawConfig(), {})
+
+
+def test_a_light_component_stays_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = draw(DrawConfig(count=1)).refs["numbers"]
+    monkeypatch.setenv("LING_FLOW_RUN_ON", "ray-job")  # and nowhere to run it
+    assert not average({"power": 1}, numbers=numbers).cached
+    assert draw(DrawConfig(count=1)).cached

