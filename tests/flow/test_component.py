@@ -191,7 +191,7 @@ def test_kfp_command_line_and_call_agree() -> None:
             assert f"{default}]" in page.partition(f"--{leaf.path} ")[2].partition(" --")[0]
             assert f"{leaf.path} ({leaf.type}" in parameters["config"].description
         options = {f"field__{leaf.path.replace('.', '__')}": None for leaf in fields}
-        typed = config_of(declared, {"config": None, **options})
+        typed = config_of(declared, {"config": None, "config_json": None, **options})
         if parameters["config"].optional:
             default_call = declared.parse_config({})
             assert declared.parse_config(parameters["config"].default) == default_call == declared.parse_config(typed)
