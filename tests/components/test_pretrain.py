@@ -17,6 +17,7 @@ from ling_flow.config import identity_of, parse
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow.artifact import Ref
 from ling_flow.flow.component import Step
+from ling_flow.flow.tracking import NullTracker
 from ling_flow.model import transformer
 from ling_flow.model.hf import load_pretrained
 from ling_flow.training.settings import CheckpointIndex
@@ -24,7 +25,7 @@ from tests.components.pretraining import config, make_inputs
 from tests.training.micro import micro_model
 
 
-class Recorder:
+class Recorder(NullTracker):
     """A tracker that keeps what it is told."""
 
     def __init__(self):
