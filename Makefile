@@ -23,7 +23,7 @@ lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny
 test: lint  ## everything: fast, slow and whole pipelines
 	$(BIN)/python -m pytest -m "not slow and not e2e" --numprocesses 2
 	$(BIN)/python -m pytest -m "slow and not e2e" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m e2e  # whole pipelines, one at a time
+	$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not e2e" --numprocesses 2

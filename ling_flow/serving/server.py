@@ -14,9 +14,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +70,15 @@ def serve_foreground(
     from ling_flow.serving.ray_app import run_until_signal
 
     _check_model_dir(model_dir)
-    port = _pick_port(port, host)
+    with _chosen_port(port, host) as chosen:
 
-    def ready() -> None:
-        print(f"serving {model_name} ({fingerprint}) at http://{host}:{port}/v1", flush=True)
+        def ready() -> None:
+            print(f"serving {model_name} ({fingerprint}) at http://{host}:{chosen}/v1", flush=True)
 
-    try:
-        run_until_signal(model_dir.absolute(), model_name, fingerprint, host, port, ready)
-    except (RuntimeError, ConnectionError, TimeoutError) as error:
-        raise SystemFault(f"serving {model_dir} failed: {error}") from error
+        try:
+            run_until_signal(model_dir.absolute(), model_name, fingerprint, host, chosen, ready)
+        except (RuntimeError, ConnectionError, TimeoutError) as error:
+            raise SystemFault(f"serving {model_dir} failed: {error}") from error
 
 
 def start_detached(
@@ -105,7 +108,13 @@ def start_detached(
         stop_endpoint(model_name, home)
         if port is None and _is_free(host, old_port := int(old.endpoint.url.rpartition(":")[2])):
             port = old_port
-    port = _pick_port(port, host)
+    with _chosen_port(port, host) as chosen:
+        return _start(model_dir, model_name, fingerprint, home, chosen, host, version)
+
+
+def _start(
+    model_dir: Path, model_name: str, fingerprint: str, home: Path, port: int, host: str, version: int | None
+) -> Endpoint:
     log = _file(model_name, home, "log")
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [str(model_dir.absolute()), model_name, fingerprint, host, str(port)]
@@ -186,12 +195,26 @@ def _check_model_dir(model_dir: Path) -> None:
         raise UserError(f"{model_dir}: no config.json there; give a Hugging Face checkpoint directory")
 
 
-def _pick_port(port: int | None, host: str) -> int:
-    if port is None:
-        return next(candidate for candidate in range(FIRST_PORT, 65536) if _is_free(host, candidate))
-    if not _is_free(host, port):
-        raise UserError(f"port: {port} is taken on {host}; choose another, or none to get the first free one")
-    return port
+@contextmanager
+def _chosen_port(port: int | None, host: str) -> Iterator[int]:
+    """The port to listen on; while the block lasts, no other process that looks for a free one takes it."""
+    if port is not None:
+        if not _is_free(host, port):
+            raise UserError(f"port: {port} is taken on {host}; choose another, or none to get the first free one")
+        yield port
+        return
+    claims = Path(tempfile.gettempdir(), f"ling_flow-ports-{os.getuid()}")
+    claims.mkdir(exist_ok=True)
+    for candidate in range(FIRST_PORT, 65536):
+        with (claims / str(candidate)).open("ab") as claim:
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if _is_free(host, candidate):
+                yield candidate
+                return
+    raise SystemFault(f"no port from {FIRST_PORT} on is free on {host}")
 
 
 def _is_free(host: str, port: int) -> bool:

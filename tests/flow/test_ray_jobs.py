@@ -125,7 +125,7 @@ def test_a_killed_launcher_leaves_its_job_to_the_next_try(head: RayHead, home: P
     until(lambda: drawn(home))
     first.kill()
     first.communicate()
-    out, err = launch(*arguments, "--json").communicate(timeout=60)
+    out, err = launch(*arguments, "--json").communicate(timeout=200)
     assert "attaching to job" in err
     assert json.loads(out.splitlines()[-1])["result"]["started_at"] == 0
     assert calls.read_text() == "draw\n"
@@ -136,7 +136,7 @@ def test_sigterm_stops_the_job_and_the_next_attempt_goes_on(head: RayHead, home:
     first = launch("--count", "60", "--pause", "0.1", "--name", "cancelled")
     until(lambda: drawn(home) > 3)
     first.terminate()
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=200)
     assert first.returncode == 128 + signal.SIGTERM and "stopping job" in err
     assert info(head, submission(config))["status"] == "STOPPED"
     before = drawn(home)
@@ -183,9 +183,9 @@ def test_lingflow_job_returns_the_exit_code_of_the_job(head: RayHead, monkeypatc
 
 
 def test_lingflow_job_leaves_a_job_running_attaches_and_stops_it(head: RayHead, home: Path, calls: Path) -> None:
-    given = ["toy.draw:draw", "--set", "count=600", "--set", "pause=0.1", "--json"]
+    given = ["toy.draw:draw", "--set", "count=3000", "--set", "pause=0.1", "--json"]
     left = launch_job(*given, "--no-wait")
-    out, err = left.communicate(timeout=60)
+    out, err = left.communicate(timeout=200)
     assert left.returncode == 0, err
     name = json.loads(out)["submission_id"]
     attached = launch_job(*given)
@@ -193,7 +193,7 @@ def test_lingflow_job_leaves_a_job_running_attaches_and_stops_it(head: RayHead, 
     assert any(f"attaching to job {name}" in line for line in attached.stderr)
     until(lambda: drawn(home))
     attached.send_signal(signal.SIGINT)
-    _, err = attached.communicate(timeout=60)
+    _, err = attached.communicate(timeout=200)
     assert attached.returncode == 130 and "stopping job" in err
     assert info(head, name)["status"] == "STOPPED"
     assert calls.read_text() == "draw\n"
@@ -264,7 +264,7 @@ def test_sigterm_lets_a_rayjob_save_and_deletes_it(
     step = launch("--count", "600", "--pause", "0.1", "--name", "deleted")
     until(lambda: drawn(home) > 3)
     step.terminate()
-    _, err = step.communicate(timeout=60)
+    _, err = step.communicate(timeout=200)
     assert step.returncode == 128 + signal.SIGTERM and "stopping RayJob default/" in err
     assert info(head, submission(config))["status"] == "STOPPED"
     assert kubernetes.objects == {}
@@ -323,7 +323,7 @@ def test_a_dead_head_is_told_and_the_next_try_goes_on_when_it_is_back(head: RayH
     first = launch(*arguments)
     until(lambda: drawn(home) > 3)
     head.kill()
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=200)
     assert first.returncode == SystemFault.exit_code
     assert "no answer for" in err.splitlines()[-1] and err.splitlines()[-1].endswith("run again to go on")
     until(lambda: not job_processes("orphan"))
