@@ -2,6 +2,7 @@
 
     python benchmarks/fp8_loss_gap.py                      # 3 seeds, 1,000 steps each: about 30 minutes on two cores
     python benchmarks/fp8_loss_gap.py --json gap.json --plot gap.svg
+    python benchmarks/fp8_loss_gap.py --keep runs          # a study that is interrupted goes on with what `runs` has
     python benchmarks/fp8_loss_gap.py --device cuda --workers 9   # the kernels themselves
 
 Every run sees the same batches: bytes of Python's standard library. A seed is that of the initial weights. The gap of a
@@ -18,7 +19,9 @@ import json
 import multiprocessing
 import sysconfig
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +89,19 @@ def losses(
     return found
 
 
+def kept_losses(keep: Path | None, *run: Any) -> list[float]:
+    """`losses(*run)`, from the directory `keep` if they are there."""
+    if keep is None:
+        return losses(*run)
+    file = keep / f"{'_'.join(str(part).replace(' ', '') for part in run)}.json"
+    if not file.exists():
+        found = losses(*run)
+        keep.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    kept: list[float] = json.loads(file.read_text())
+    return kept
+
+
 def gap(run: list[float], reference: list[float]) -> float:
     """Mean relative distance of the smoothed losses over the last half of the steps."""
     mean = np.ones(SMOOTH) / SMOOTH
@@ -138,13 +154,14 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--device", default="cpu", help="cpu (the kernels' definitions) or cuda (the kernels)")
+    parser.add_argument("--keep", type=Path, help="directory for the losses of each finished run")
     parser.add_argument("--json", type=Path, help="write losses and gaps to this file")
     parser.add_argument("--plot", type=Path, help="write the figure to this file")
     options = parser.parse_args()
     told = (options.steps, options.learning_rate, tuple(options.bfloat16_layers), options.device)
     runs = [(kind, seed, *told) for kind in KINDS for seed in options.seeds]
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(losses, *zip(*runs, strict=True)))
+        found = list(pool.map(partial(kept_losses, options.keep), *zip(*runs, strict=True)))
     curves = {f"{kind}/{seed}": curve for (kind, seed, *_), curve in zip(runs, found, strict=True)}
     gaps = {
         f"{kind}, seed {seed}": gap(curves[f"{kind}/{seed}"], curves[f"bfloat16/{seed}"])
