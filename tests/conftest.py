@@ -17,11 +17,14 @@ import torch
 # Test processes share few cores with servers and subprocesses; spinning threads would cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# A process asks for Ray's token or does without once and for all, and tests of both kinds share processes. The command
+# line, as users call it, has its own (`user_environment`).
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 
 REPOSITORY = Path(__file__).parents[1]
-OURS = ("LING_FLOW_", "MLFLOW_", "RAY_ADDRESS", "TRITON_")
+OURS = ("LING_FLOW_", "MLFLOW_", "RAY_ADDRESS", "RAY_AUTH", "TRITON_")
 
 
 @dataclass(frozen=True)
