@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,10 +45,11 @@ def job(
     The job's output is streamed, and its exit code returned. Ctrl-C stops the job; a killed terminal does not, and the
     same command attaches to the job that still runs. A finished step is not run again.
     """
-    from ling_flow.config import merge, parse_overrides, read_yaml
+    from ling_flow.config import merge, parse, parse_overrides, read_yaml
     from ling_flow.flow.cli_face import as_json as outcome_json
     from ling_flow.flow.cli_face import as_table
     from ling_flow.flow.fields import with_defaults
+    from ling_flow.flow.job_settings import JobSettings
     from ling_flow.flow.step import exit_on_sigterm, run_step
 
     chosen = find_component(component)
@@ -59,8 +59,9 @@ def job(
     if address:
         os.environ["RAY_ADDRESS"] = address
     if working_dir is not None:
-        settings = json.loads(os.environ.get("LING_FLOW_JOB") or "{}")
-        os.environ["LING_FLOW_JOB"] = json.dumps({**settings, "working_dir": str(working_dir.absolute())})
+        settings = parse(JobSettings, os.environ.get("LING_FLOW_JOB") or "{}", "LING_FLOW_JOB")
+        uploading = settings.model_copy(update={"working_dir": working_dir.absolute()})
+        os.environ["LING_FLOW_JOB"] = uploading.model_dump_json(exclude_unset=True)
     if no_wait:
         _leave_running(chosen, config, given, root, rebuild, as_json)
         return
@@ -79,13 +80,11 @@ def find_component(name: str) -> Component:
     Raises:
         UserError: there is none of that name.
     """
-    from ling_flow.flow.kfp_face import load_component
+    from ling_flow.flow.kfp_face import component_names, load_component
 
     if ":" in name:
         return load_component(name)
-    import components
-
-    known = [module.name for module in pkgutil.iter_modules(components.__path__) if module.ispkg]
+    known = component_names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(known)}"

@@ -108,7 +108,6 @@ class ArtifactStore:
 
     def __init__(self, root: str | Path, cache: Path) -> None:
         self.root = normal_root(str(root))
-        self.cache = cache
         self.remote: Any = None
         if "://" in self.root:
             self.remote = _file_system(self.root)

@@ -11,7 +11,6 @@ import fcntl
 import os
 import pwd
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ling_flow.errors import SystemFault, UserError
+from ling_flow.ports import port_is_free
 
 HOST = "127.0.0.1"
 _MARK = "LING_FLOW_DAEMON"  # in the environment of a server and its children: whose they are
@@ -85,15 +85,12 @@ class Daemon:
         """End it, by force after half a minute; whether it was running."""
         was_running = self.running()
         if was_running:
-            pid = int(self._file("pid").read_text())
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, self.stop_signal)
-            until = time.monotonic() + _STOP_SECONDS
-            while self.running() and time.monotonic() < until:
-                time.sleep(0.05)
-            if self.running():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
+            # Without its id (we were killed as we started it) it is ended as a straggler.
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                os.kill(int(self._file("pid").read_text()), self.stop_signal)
+                until = time.monotonic() + _STOP_SECONDS
+                while self.running() and time.monotonic() < until:
+                    time.sleep(0.05)
         self.kill_stragglers()
         self._file("pid").unlink(missing_ok=True)
         return was_running
@@ -145,19 +142,8 @@ def free_ports(count: int, first: int) -> list[int]:
     raise SystemFault(f"there are no {count} free ports from {first} on")
 
 
-def port_is_free(port: int) -> bool:
-    """Whether a server may listen there; one that ended a moment ago does not count."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
-
-
 def soon_free(port: int) -> bool:
-    """The same within ten seconds: a process that was killed closes its sockets last."""
+    """Whether a server may listen there within ten seconds: a process that was killed closes its sockets last."""
     until = time.monotonic() + 10
     while not port_is_free(port):
         if time.monotonic() > until:

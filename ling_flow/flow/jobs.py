@@ -69,10 +69,14 @@ class Job:
         return self.base if attempt == 1 else f"{self.base}-{attempt}"
 
     def entrypoint(self, name: str, python: str = "python") -> str:
-        """The shell command of the attempt `name`; nothing stands between Ray's signals and the step."""
+        """The shell command of the attempt `name`; nothing stands between Ray's signals and the step.
+
+        Args:
+            python: the interpreter, as the shell is to read it.
+        """
         variables = {**self.environment, "LING_FLOW_RAY_JOB": name}
         given = [f"{key}={shlex.quote(value)}" for key, value in sorted(variables.items())]
-        return " ".join(["exec env", *given, shlex.quote(python), "-m", *map(shlex.quote, self.arguments)])
+        return " ".join(["exec env", *given, python, "-m", *map(shlex.quote, self.arguments)])
 
     @property
     def notes(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ import importlib
 import json
 import linecache
 import os
+import pkgutil
 import re
 import signal
 import textwrap
@@ -85,6 +86,13 @@ def load_component(entry_point: str) -> Component:
     if not isinstance(found, Component):
         raise UserError(f"{entry_point}: module {module_name} declares no component '{name}'")
     return found
+
+
+def component_names() -> list[str]:
+    """Names of this project's components, without importing them."""
+    import components
+
+    return [module.name for module in pkgutil.iter_modules(components.__path__) if module.ispkg]
 
 
 def kfp_source(component: Component) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ling_flow.errors import UserError
 from ling_flow.flow.component import Component
-from ling_flow.flow.kfp_face import ENTRY_POINT, load_component
+from ling_flow.flow.kfp_face import ENTRY_POINT, component_names, load_component
 from ling_flow.flow.profile import SCRATCH, Profile, StepSettings
 
 # What a step is told of the run it belongs to, from the labels that Kubeflow puts on its pods.
@@ -110,12 +110,7 @@ def check_components(profile: Profile, where: str, of_dag: list[Component]) -> N
 
 
 def _project_components() -> list[Component]:
-    import pkgutil
-
-    import components
-
-    names = [module.name for module in pkgutil.iter_modules(components.__path__) if module.ispkg]
-    return [load_component(f"components.{name}:{name}") for name in names]
+    return [load_component(f"components.{name}:{name}") for name in component_names()]
 
 
 def _place(task: Any, profile: Profile, settings: StepSettings) -> None:

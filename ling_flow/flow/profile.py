@@ -127,7 +127,8 @@ class Profile(StrictModel):
             given["MLFLOW_TRACKING_URI"] = self.mlflow
         if settings.ray_address:
             given["RAY_ADDRESS"] = settings.ray_address
-        if settings.run_on != "process":
+        # A step that runs in its pod looks for its RayService in the namespace that is named here (deploy).
+        if settings.run_on != "process" or settings.job.cluster.namespace:
             given["LING_FLOW_JOB"] = self._job(settings)
         return given
 

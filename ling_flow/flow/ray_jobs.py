@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -121,11 +122,13 @@ def _send(client: Any, name: str, job: Job, settings: JobSettings) -> None:
         if not settings.working_dir.is_dir():
             raise UserError(f"LING_FLOW_JOB: working_dir: {settings.working_dir} is no directory")
         environment |= {"working_dir": str(settings.working_dir), "excludes": EXCLUDED}
-    # A head on this machine was started from the environment that runs us; any other has an image with `python`.
+    # A head on this machine may have been started from the environment that runs us. What answers at the loopback may
+    # as well be a forwarded port of a cluster, whose image has `python`.
     here = urlsplit(client.get_address()).hostname in ("127.0.0.1", "localhost", "::1")
+    ours = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"'
     reserved = job.reserved
     client.submit_job(
-        entrypoint=job.entrypoint(name, sys.executable if here else "python"),
+        entrypoint=job.entrypoint(name, ours if here else "python"),
         submission_id=name,
         runtime_env=environment,
         metadata=job.notes,

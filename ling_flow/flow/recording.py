@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 from ling_flow.flow.artifact import ArtifactStore, Manifest, Ref
 from ling_flow.flow.component import Dataset, Model
 from ling_flow.flow.tracking import NullTracker
 
 
-def record_inputs(tracker: NullTracker, label: str, refs: Mapping[str, Ref], cache: Path) -> None:
-    """The datasets and models among a step's inputs."""
-    for ref in refs.values():
-        manifest = ArtifactStore(ref.root, cache).manifest(ref.component, ref.fingerprint)
-        kind = manifest.outputs[ref.output].kind if manifest else None
-        if manifest and kind == Dataset.schema_title:
+def record_inputs(tracker: NullTracker, label: str, sources: Iterable[tuple[Ref, Manifest]]) -> None:
+    """The datasets and models among a step's inputs: each with the manifest of the artifact that it is an output of."""
+    for ref, manifest in sources:
+        kind = manifest.outputs[ref.output].kind
+        if kind == Dataset.schema_title:
             tracker.dataset(ref.output, str(ref), content_digest(manifest, ref.output), label)
         elif kind == Model.schema_title:
             tracker.uses_model(str(ref))

@@ -144,13 +144,15 @@ def run_step(
         ):
             outcome = None if rebuild else _find(component, label, key, store)  # made while we waited
             if outcome is None:
-                given = _open_inputs(refs, cache)
+                given, sources = _open_inputs(refs, cache)
                 if tracker is None:
                     from ling_flow.flow.tracking import open_tracker
 
                     tracker = open_tracker(context)
                 try:
-                    outcome = _make(component, config, given, parents, label, key, store, tracker, clean=rebuild)
+                    outcome = _make(
+                        component, config, given, sources, parents, label, key, store, tracker, clean=rebuild
+                    )
                 except OSError as error:
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):
                         raise SystemFault(f"{label}: no space left for {error.filename or store.local}") from error
@@ -198,13 +200,14 @@ def _check_inputs(component: Component, inputs: Mapping[str, str | Path | None],
     return refs
 
 
-def _open_inputs(refs: Mapping[str, Ref], cache: Path) -> dict[str, Input[Any]]:
-    """The inputs as verified local directories."""
-    inputs = {}
+def _open_inputs(refs: Mapping[str, Ref], cache: Path) -> tuple[dict[str, Input[Any]], list[tuple[Ref, Manifest]]]:
+    """The inputs as verified local directories, and what each is an output of."""
+    inputs, sources = {}, []
     for name, ref in refs.items():
         path, manifest = ArtifactStore(ref.root, cache).open(ref.component, ref.fingerprint, ref.output)
         inputs[name] = Input[Any](str(ref), path, ref.fingerprint, manifest.outputs[ref.output].contract)
-    return inputs
+        sources.append((ref, manifest))
+    return inputs, sources
 
 
 def _find(component: Component, label: str, key: str, store: ArtifactStore) -> Outcome | None:
@@ -227,6 +230,7 @@ def _make(
     component: Component,
     config: Any,
     inputs: Mapping[str, Input[Any]],
+    sources: list[tuple[Ref, Manifest]],
     parents: dict[str, Parent],
     label: str,
     key: str,
@@ -249,7 +253,7 @@ def _make(
     events.emit("start", step=label, component=component.name, fingerprint=key)
     lineage = {name: parent.model_dump() for name, parent in parents.items()}
     tracker.start_step(label, component.name, key, dumped, lineage)
-    record_inputs(tracker, label, {name: Ref.parse(parent.ref) for name, parent in parents.items()}, store.cache)
+    record_inputs(tracker, label, sources)
     started = time.monotonic()
     try:
         result = component.body(config, **arguments)

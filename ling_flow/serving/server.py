@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pydantic import Field
 
 from ling_flow.config import StrictModel, parse
 from ling_flow.errors import SystemFault, UserError
+from ling_flow.ports import port_is_free
 
 FIRST_PORT = 8000
 START_SECONDS = 120.0  # a large checkpoint takes its time
@@ -106,7 +106,7 @@ def start_detached(
         if old.healthy and old.endpoint.fingerprint == fingerprint and same_place:
             return old.endpoint
         stop_endpoint(model_name, home)
-        if port is None and _is_free(host, old_port := int(old.endpoint.url.rpartition(":")[2])):
+        if port is None and port_is_free(old_port := int(old.endpoint.url.rpartition(":")[2]), host):
             port = old_port
     with _chosen_port(port, host) as chosen:
         return _start(model_dir, model_name, fingerprint, home, chosen, host, version)
@@ -199,7 +199,7 @@ def _check_model_dir(model_dir: Path) -> None:
 def _chosen_port(port: int | None, host: str) -> Iterator[int]:
     """The port to listen on; while the block lasts, no other process that looks for a free one takes it."""
     if port is not None:
-        if not _is_free(host, port):
+        if not port_is_free(port, host):
             raise UserError(f"port: {port} is taken on {host}; choose another, or none to get the first free one")
         yield port
         return
@@ -211,20 +211,10 @@ def _chosen_port(port: int | None, host: str) -> Iterator[int]:
                 fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if _is_free(host, candidate):
+            if port_is_free(candidate, host):
                 yield candidate
                 return
     raise SystemFault(f"no port from {FIRST_PORT} on is free on {host}")
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
 
 
 def _wait_healthy(endpoint: Endpoint, process: subprocess.Popen[bytes]) -> None:

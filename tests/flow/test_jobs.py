@@ -8,12 +8,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from toy.average import average
 from toy.draw import DrawConfig, draw
 
 from ling_flow.errors import RemoteDefect, SystemFault, UserError
+from ling_flow.flow import ray_jobs
 from ling_flow.flow.component import Resources
 from ling_flow.flow.context import Context
 from ling_flow.flow.job_settings import JobSettings
@@ -48,6 +51,19 @@ def test_the_command_makes_the_artifact_whatever_the_config_holds(tmp_path: Path
     events = [json.loads(line) for line in done.stderr.splitlines()]
     assert [event["event"] for event in events][-1] == "done"
     assert identify(draw, config, {}, tmp_path / "a root", Context.from_environment()).find() is not None
+
+
+def test_an_address_at_the_loopback_may_be_a_forwarded_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our interpreter where the head has it, the image's `python` where it has not."""
+    sent: dict[str, Any] = {}
+    client = SimpleNamespace(get_address=lambda: "http://127.0.0.1:8265", submit_job=lambda **given: sent.update(given))
+    for there, expected in ((sys.executable, sys.executable), ("/nowhere/python", "python")):
+        monkeypatch.setattr(sys, "executable", there)
+        ray_jobs._send(client, "it", job(), JobSettings())
+        word = re.search(r'"\$\(command -v .*?\)"', sent["entrypoint"])
+        assert word is not None
+        done = subprocess.run(["sh", "-c", f"echo {word[0]}"], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 def test_secrets_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:

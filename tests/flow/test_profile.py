@@ -127,3 +127,15 @@ def test_artifacts_on_a_volume(tmp_path: Path) -> None:
 def test_the_window_holds_every_try_and_wait() -> None:
     assert Retries(count=0).window_s(100) == 100
     assert Retries(count=3, wait_s=10, factor=2).window_s(100) == 4 * 100 + 10 + 20 + 40
+
+
+def test_deploy_is_told_the_namespace_of_its_rayservice(tmp_path: Path) -> None:
+    from components.deploy import deploy
+
+    file = tmp_path / "mine.yaml"
+    own = {"job": {"cluster": {"namespace": "serving"}}}
+    file.write_text(json.dumps({"image": "x", "artifacts": "s3://b/a", "components": {"deploy": own}}))
+    profile = read_profile(str(file))
+    environment = profile.environment(profile.of(deploy))
+    assert environment["LING_FLOW_RUN_ON"] == "process"
+    assert json.loads(environment["LING_FLOW_JOB"])["cluster"]["namespace"] == "serving"

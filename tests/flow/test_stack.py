@@ -20,9 +20,10 @@ from ling_flow.flow import mlflow_store, preflight
 from ling_flow.flow import stack as stack_module
 from ling_flow.flow.artifact import ArtifactStore
 from ling_flow.flow.context import Context
-from ling_flow.flow.daemon import Daemon, port_is_free
+from ling_flow.flow.daemon import Daemon
 from ling_flow.flow.stack import Stack
 from ling_flow.flow.tracking import open_tracker
+from ling_flow.ports import port_is_free
 from tests.conftest import Called
 from tests.own_stack import own_stack
 
