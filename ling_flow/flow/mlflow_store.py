@@ -5,6 +5,7 @@ MLflow is imported inside the functions, because that takes more than a second.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -48,7 +49,20 @@ def connect(tracking_uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    with _alone(tracking_uri):
+        return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+@contextmanager
+def _alone(tracking_uri: str) -> Iterator[None]:
+    """One process at a time where the store is an SQLite file: MLflow makes its tables without a lock."""
+    scheme, _, database = tracking_uri.partition(":///")
+    if scheme != "sqlite" or not database:
+        yield
+        return
+    with Path(f"{database}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def passing(error: Exception) -> bool:

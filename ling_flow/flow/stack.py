@@ -198,7 +198,8 @@ class Stack:
         command += ["-volume.preStopSeconds", "0"]  # nobody to take over when it stops
         for slot, port, grpc in zip(_MASTER_SLOTS, _s3_ports(ports)[::2], _s3_ports(ports)[1::2], strict=True):
             command += [f"-{slot}.port", str(port), f"-{slot}.port.grpc", str(grpc)]
-        self.s3.start(command, dict(os.environ), None)
+        # SeaweedFS makes an administrator of the key it finds in AWS_ACCESS_KEY_ID: of a user who starts the stack.
+        self.s3.start(command, _environment_without("AWS_", "WEED_"), None)
         self.s3.wait_until(answers, START_SECONDS)
         _make_buckets(ports, secrets_)
 
@@ -209,10 +210,8 @@ class Stack:
             return
         self._write("auth.ini", _auth_config(ports))
         url = f"postgresql+psycopg2://{DATABASE_USER}@{HOST}:{ports.postgres}"
-        foreign = ("MLFLOW_", "AWS_", "PG")  # of whoever starts the stack
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         # What is secret goes through the environment: arguments can be read by everyone on the machine.
-        environment |= {
+        environment = _environment_without("MLFLOW_", "AWS_", "PG") | {
             "PGPASSWORD": secrets_.database_password,
             "MLFLOW_BACKEND_STORE_URI": f"{url}/{DATABASES[0]}",
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{MLFLOW_BUCKET}",
@@ -445,6 +444,11 @@ def _auth_config(ports: Ports) -> str:
     database = f"postgresql+psycopg2://{DATABASE_USER}@{HOST}:{ports.postgres}/{DATABASES[1]}"
     # A password is hashed at most once a minute, and not for every metric that a step sends.
     return f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\nauth_cache_ttl_seconds = 60\n"
+
+
+def _environment_without(*prefixes: str) -> dict[str, str]:
+    """The environment of whoever starts the stack, without what would steer a server."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 
 def _aws(key: Key) -> dict[str, str]:

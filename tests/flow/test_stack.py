@@ -137,8 +137,12 @@ class TestServers:
         assert {server.state for server in stack.status()} == {"stopped"}
         record = json.loads((stack.directory / "stack.json").read_text())
         assert all(port_is_free(record["ports"][name]) for name in ("postgres", "mlflow", "s3"))
+        assert os.environ["AWS_ACCESS_KEY_ID"] == stack.environment()["AWS_ACCESS_KEY_ID"]
         stack.up()
         assert client.get_experiment_by_name("kept") is not None
+        # SeaweedFS would take a key of its environment for an administrator's.
+        with pytest.raises(PermissionError):
+            S3FileSystem().ls("mlflow", refresh=True)
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from ling_flow.flow.tracking import (
     record_cached,
     start_dag_run,
 )
+from tests.conftest import REPOSITORY
 from tests.flow.mlflow_server import Server, free_port
 
 PARENT = {"corpus": {"ref": "/root/prepare_data/abc/corpus", "fingerprint": "abc/corpus"}}
@@ -49,6 +52,18 @@ def test_no_store_no_record(tmp_path: Path) -> None:
     tracker.start_step("pretrain", "pretrain", "f0", {}, {})
     tracker.finish({}, "finished")
     assert tracker.run_id is None
+
+
+@pytest.mark.slow
+def test_a_new_store_is_made_once_by_processes_that_open_it_together(tmp_path: Path) -> None:
+    uri = mlflow_store.default_tracking_uri(tmp_path)
+    opened = (
+        "import os; from ling_flow.flow.mlflow_store import connect; "
+        f"connect({uri!r}).create_experiment(str(os.getpid()))"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", opened], cwd=REPOSITORY) for _ in range(4)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0, 0]
+    assert len(mlflow_store.connect(uri).search_experiments()) == 5  # theirs and MLflow's own
 
 
 def test_a_step_under_its_dag_run(tmp_path: Path, uri: str) -> None:
