@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Of what is installed a small part is ever imported, and compiled then: compiling all of it takes longer than the rest.
+PIP := $(BIN)/pip install --quiet --no-compile
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --durations 15 --durations-min 5
 
 .PHONY: setup lifecycle test test-fast lint fmt clean
 
@@ -10,23 +13,23 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps nemo-automodel
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --constraint constraints.txt --no-deps nemo-automodel
 	# The oldest supported Triton, for tests that compile with it.
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton-oldest triton==3.6.0
+	$(PIP) --no-deps --upgrade --target $(VENV)/triton-oldest triton==3.6.0
 	touch $@
 
 lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny
 	$(BIN)/lingflow run lifecycle --preset tiny
 
 test: lint  ## everything: fast, slow and whole pipelines
-	$(BIN)/python -m pytest -m "not slow and not e2e" --numprocesses 2
-	$(BIN)/python -m pytest -m "slow and not e2e" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow and not e2e"
+	$(PYTEST) -m "slow and not e2e" --dist loadfile
+	$(PYTEST) -m e2e --dist loadfile
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not e2e" --numprocesses 2
+	$(PYTEST) -m "not slow and not e2e"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,11 +4,11 @@
     python benchmarks/goodput.py --preset tiny --minutes 1.5 --kill-seconds 10 --json figures.json
 
 A model of a preset (default `small`) on random tokens. First a step, what a save takes from training, and a start are
-measured without a kill; from these come the interval of the formula (Ling 2.0, appendix A) and the share that it
-expects. Then the interval, its half and its double are each given the same time and the same seeded kills (`kill -9`,
-exponential gaps). Useful are the steps that counted in the end × the median step measured first; the rest of the time
-went into saving, steps that were lost, and starting again. One run has few kills: repeat it before you tell
-neighbouring intervals apart.
+measured without a kill; from these comes the interval of the formula (Ling 2.0, appendix A). Then the interval, its
+half and its double are each given the same time and the same kills (`kill -9`, their number by the mean, their moments
+at random). Useful are the steps that counted in the end × the median step of that part; the rest of the time went into
+saving, steps that were lost, and starting again. Beside it stands what the formula expects from the median cost of the
+saves of that part. One run has few kills: repeat it before you tell neighbouring intervals apart.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ling_flow.training.settings import OptimizerSettings, StageSettings
 
 DAY = 86_400
 LENGTH, SEQUENCES = 256, 2
-CALIBRATION_STEPS, CALIBRATION_SAVES = 12, 3
+CALIBRATION_STEPS, CALIBRATION_SAVES = 12, 5
 SETTINGS = StageSettings(
     stage="goodput",
     steps=1_000_000,  # more than there is time for
@@ -149,7 +149,7 @@ def calibrate(directory: Path, trainers: Trainers) -> Costs:
             sys.exit(f"the trainer ended by itself with {process.returncode}")
     kill(process)
     step = statistics.median(line["seconds"] for line in lines[3:])
-    process = trainers.start(saving, CALIBRATION_STEPS * step)
+    process = trainers.start(saving, CALIBRATION_STEPS * step / 2)
     while len(costs := [line["cost"] for line in lines_of(saving) if line.get("cost")]) < CALIBRATION_SAVES:
         time.sleep(0.5)
         if process.poll() is not None:
@@ -158,28 +158,40 @@ def calibrate(directory: Path, trainers: Trainers) -> Costs:
     return Costs(step, statistics.median(costs), restart)
 
 
+class Row(NamedTuple):
+    """What became of one interval; seconds and save cost are medians."""
+
+    interval_seconds: float
+    kills: int
+    steps_made: int
+    steps_counted: int
+    step_seconds: float
+    save_seconds: float
+    useful: float
+    predicted: float
+
+
 def measure(
-    trainers: Trainers, directory: Path, interval: float, seconds: float, kill_seconds: float
-) -> dict[str, float]:
-    """Train for `seconds`, killed on the way; the steps that counted, those made, and the kills."""
+    trainers: Trainers, directory: Path, interval: float, seconds: float, kill_seconds: float, restart_seconds: float
+) -> Row:
+    """Train for `seconds`, killed on the way."""
     draw = random.Random(0)
-    end = time.monotonic() + seconds
-    kills = 0
-    while True:
+    begun = time.monotonic()
+    moments = sorted(draw.uniform(0, seconds) for _ in range(round(seconds / kill_seconds)))
+    for moment in (*moments, seconds):
         process = trainers.start(directory, interval)
-        left, gap = end - time.monotonic(), draw.expovariate(1 / kill_seconds)
-        time.sleep(max(0.0, min(left, gap)))
+        time.sleep(max(0.0, begun + moment - time.monotonic()))
         kill(process)
-        if gap >= left:
-            break
-        kills += 1
-    steps = [int(line["step"]) for line in lines_of(directory) if "save" not in line]
-    return {
-        "interval_seconds": interval,
-        "kills": kills,
-        "steps_made": len(steps),
-        "steps_counted": steps[-1] if steps else 0,
-    }
+    lines = lines_of(directory)
+    steps = [line for line in lines if "save" not in line]
+    step = statistics.median(line["seconds"] for line in steps)
+    saves = [line["cost"] for line in lines if line.get("cost") is not None]
+    if not saves:
+        sys.exit(f"no save was measured at an interval of {interval:.1f} s: give more --minutes")
+    save = statistics.median(saves)
+    counted = int(steps[-1]["step"])
+    expected = expected_loss(interval, save, len(moments) * DAY / seconds, restart_seconds)
+    return Row(interval, len(moments), len(steps), counted, step, save, counted * step / seconds, 1 - expected / DAY)
 
 
 def main() -> None:
@@ -201,17 +213,18 @@ def main() -> None:
         best = best_interval(costs.save, failures)
         print(f"step {costs.step:.3f} s, a save costs {costs.save:.3f} s, a start {costs.restart:.1f} s")
         print(f"best interval {best:.1f} s")
-        print(f"{'interval':>12} {'seconds':>8} {'kills':>6} {'made':>6} {'counted':>8} {'useful':>7} {'formula':>8}")
-        rows = []
+        print(
+            f"{'interval':>20} {'kills':>6} {'made':>6} {'counted':>8} {'step':>7} {'save':>7} {'useful':>7} "
+            f"{'formula':>8}"
+        )
+        rows = {}
         for name, factor in (("formula / 2", 0.5), ("formula", 1.0), ("formula × 2", 2.0)):
-            seconds = 60 * arguments.minutes / 3
-            row = measure(trainers, Path(scratch) / name, factor * best, seconds, arguments.kill_seconds)
-            useful = row["steps_counted"] * costs.step / seconds
-            predicted = 1 - expected_loss(factor * best, costs.save, failures, costs.restart) / DAY
-            rows.append({**row, "name": name, "useful": useful, "predicted": predicted})
+            directory, seconds = Path(scratch) / name, 60 * arguments.minutes / 3
+            row = measure(trainers, directory, factor * best, seconds, arguments.kill_seconds, costs.restart)
+            rows[name] = row._asdict()
             print(
-                f"{name:>12} {factor * best:8.1f} {row['kills']:6} {row['steps_made']:6} {row['steps_counted']:8} "
-                f"{useful:7.1%} {predicted:8.1%}",
+                f"{name:>12} {row.interval_seconds:5.1f} s {row.kills:6} {row.steps_made:6} {row.steps_counted:8} "
+                f"{row.step_seconds:5.3f} s {row.save_seconds:5.3f} s {row.useful:7.1%} {row.predicted:8.1%}",
                 flush=True,
             )
     if arguments.json:

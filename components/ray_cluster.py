@@ -22,7 +22,7 @@ def ray_running(cpus: int | None) -> Iterator[None]:
 
     Raises:
         UserError: RAY_ADDRESS is no address of a cluster.
-        SystemFault: RAY_ADDRESS is set, but no cluster answers there.
+        SystemFault: RAY_ADDRESS is set, but no cluster answers there; or a Ray of our own does not start.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -41,13 +41,19 @@ def ray_running(cpus: int | None) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise _no_cluster(address, error) from None
     else:
-        ray.init(
-            address="local",
-            num_cpus=cpus or len(os.sched_getaffinity(0)),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus or len(os.sched_getaffinity(0)),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+        except Exception as error:  # Ray has no class of its own for a node that was too slow, or died
+            reason = " ".join(str(error).split())[:200]
+            raise SystemFault(
+                f"a local Ray did not start ({reason}); is the machine busy, or its memory full?"
+            ) from error
     try:
         yield
     finally:

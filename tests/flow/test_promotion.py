@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -7,10 +5,9 @@ import pytest
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.evaluation.gate import Gate
 from ling_flow.flow import ledger, mlflow_store
-from ling_flow.flow.promotion import Registry, Version
+from ling_flow.flow.promotion import Registry
 from tests.conftest import Called
-
-GATES = (Gate(metric="score", threshold=0.3, min_change=-0.1),)
+from tests.flow.registering import GATES, aliases, promote_at_once, register
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +18,6 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def registry(uri: str) -> Registry:
     return Registry(uri)
-
-
-def register(registry: Registry, name: str, fingerprint: str, score: float = 0.5) -> Version:
-    artifact = f"/root/preference_pass/{fingerprint}/model"
-    return registry.register(name, artifact, fingerprint, {"score": score}, {"layers": 4}, GATES)
 
 
 def test_a_version_leads_back_to_its_artifact(registry: Registry) -> None:
@@ -73,12 +65,6 @@ def test_what_is_not_there(registry: Registry) -> None:
     assert registry.version("known", 2) is None
     assert registry.version("unknown", 1) is None
     assert registry.logged_model("m-0123456789abcdef0123456789abcdef") is None
-
-
-def aliases(registry: Registry, name: str) -> tuple[int | None, int | None]:
-    """Numbers of champion and previous."""
-    champion, previous = registry.by_alias(name, "champion"), registry.by_alias(name, "previous")
-    return champion.number if champion else None, previous.number if previous else None
 
 
 def test_promotion_and_rollback_move_the_aliases_and_are_recorded(registry: Registry) -> None:
@@ -195,21 +181,7 @@ def test_of_two_decisions_at_once_the_first_counts_and_the_other_is_taken_again(
 
 @pytest.mark.slow
 def test_processes_that_promote_at_once_agree(registry: Registry) -> None:
-    code = (
-        "import sys; from ling_flow.flow.promotion import Registry; r = Registry(sys.argv[1])\n"
-        "for n in map(int, sys.argv[2:]): r.promote(r.version('many', n), (), by_hand=True)"
-    )
-    for number in range(3):
-        register(registry, "many", f"f{number}")
-    orders = (("1", "2", "3"), ("3", "2", "1"))
-    workers = [subprocess.Popen([sys.executable, "-c", code, registry.tracking_uri, *order]) for order in orders]
-    assert [worker.wait(120) for worker in workers] == [0, 0]
-    moves = [record for record in registry.promotions("many") if record.moves]
-    champion = None
-    for record in moves:  # each decision knew the one before it: nothing is lost
-        assert record.entry.champion_before == champion
-        champion = record.entry.version
-    assert aliases(registry, "many") == (champion, moves[-1].entry.champion_before)
+    promote_at_once(registry, "many")
 
 
 def test_no_rollback_without_a_previous_champion(registry: Registry) -> None:

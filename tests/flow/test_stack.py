@@ -21,10 +21,12 @@ from ling_flow.flow import stack as stack_module
 from ling_flow.flow.artifact import ArtifactStore
 from ling_flow.flow.context import Context
 from ling_flow.flow.daemon import Daemon
+from ling_flow.flow.promotion import Registry
 from ling_flow.flow.stack import Stack
 from ling_flow.flow.tracking import open_tracker
 from ling_flow.ports import port_is_free
 from tests.conftest import Called
+from tests.flow.registering import promote_at_once
 from tests.own_stack import own_stack
 
 Call = Callable[..., Called]
@@ -182,6 +184,9 @@ class TestServers:
         ]
         remote = ArtifactStore(user.artifacts, user.home).remote
         assert not any("probe" in name for name in remote.find(user.artifacts))
+
+    def test_processes_that_promote_at_once_agree(self, user: Context) -> None:
+        promote_at_once(Registry(str(user.tracking_uri)), "many")
 
     @pytest.mark.parametrize("victims", [("postgres",), ("mlflow",), ("s3",)])
     def test_a_run_outlives_a_restart_and_nothing_is_lost(
