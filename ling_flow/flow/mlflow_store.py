@@ -60,6 +60,7 @@ def _alone(tracking_uri: str) -> Iterator[None]:
     if scheme != "sqlite" or not database:
         yield
         return
+    Path(database).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
     with Path(f"{database}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
