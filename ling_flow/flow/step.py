@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import shutil
 import signal
 import sys
@@ -134,6 +135,11 @@ def run_step(
     where = run_on or (context.run_on if component.runs_on_of(config) != "process" else "process")
 
     outcome = None if rebuild else found.find()
+    kfp_run_id = os.environ.get("LING_FLOW_KFP_RUN_ID")
+    if outcome is not None and kfp_run_id and context.tracking_uri:
+        from ling_flow.flow.tracking import record_cached_on_kfp
+
+        record_cached_on_kfp(context.tracking_uri, kfp_run_id, label, outcome.manifest)
     if outcome is None and where != "process":
         from ling_flow.flow.jobs import run_as_job
 

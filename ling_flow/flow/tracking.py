@@ -33,11 +33,14 @@ __all__ = [
     "finish_kfp_run",
     "open_tracker",
     "record_cached",
+    "record_cached_on_kfp",
     "start_dag_run",
 ]
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from ling_flow.flow.artifact import Manifest
 
 FINISH_SECONDS = 10.0  # how long the end of a step may wait for a store that never answered
 RETURN_SECONDS = 120.0  # and for one that did, and will be back
@@ -313,3 +316,25 @@ def record_cached(
             client.set_terminated(run, "FINISHED")
     except SystemFault as error:
         events.emit("log", step=label, text=f"{error}; the cached step is not recorded")
+
+
+def record_cached_on_kfp(tracking_uri: str, kfp_run_id: str, label: str, manifest: Manifest) -> None:
+    """The same, by the step itself, below the run of a Kubeflow run: there, no process drives the DAG."""
+    try:
+        with store.reaching(tracking_uri):
+            parent = store.kfp_parent(store.connect(tracking_uri), EXPERIMENT, kfp_run_id)
+    except SystemFault as error:
+        events.emit("log", step=label, text=f"{error}; the cached step is not recorded")
+        return
+    inputs = {name: parent_.ref for name, parent_ in manifest.inputs.items()}
+    record_cached(
+        tracking_uri,
+        parent,
+        label,
+        manifest.component,
+        manifest.fingerprint,
+        manifest.config,
+        inputs,
+        manifest.result,
+        manifest.code_version,
+    )

@@ -1,20 +1,15 @@
 """Endpoints of this machine: serve in the foreground, or start, look at and stop background ones. No torch, no Ray.
 
-A background endpoint is a process in a session of its own, with `<home>/endpoints/<name>.json` (its record),
-`<name>.log` (all its output) and `<name>.lock` (held while it runs). Its starter may exit: it inherits no pipe.
+A background endpoint is a `Daemon` in `<home>/endpoints`, with `<name>.json` beside it: what it serves, and where.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,12 +20,12 @@ from typing import Any
 from pydantic import Field
 
 from ling_flow.config import StrictModel, parse
+from ling_flow.daemon import Daemon
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.ports import port_is_free
 
 FIRST_PORT = 8000
 START_SECONDS = 120.0  # a large checkpoint takes its time
-STOP_SECONDS = 20.0
 LOCALHOST = "127.0.0.1"
 
 
@@ -115,31 +110,21 @@ def start_detached(
 def _start(
     model_dir: Path, model_name: str, fingerprint: str, home: Path, port: int, host: str, version: int | None
 ) -> Endpoint:
-    log = _file(model_name, home, "log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    daemon = _daemon(model_name, home)
     arguments = [str(model_dir.absolute()), model_name, fingerprint, host, str(port)]
-    with log.open("wb") as output, _file(model_name, home, "lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ling_flow.serving", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock.fileno()],
-            start_new_session=True,
-        )
+    pid = daemon.start([sys.executable, "-m", "ling_flow.serving", *arguments], os.environ)
     endpoint = Endpoint(
         name=model_name,
         url=f"http://{host}:{port}",
-        pid=process.pid,
+        pid=pid,
         fingerprint=fingerprint,
         model_dir=str(model_dir.absolute()),
         version=version,
-        log=str(log),
+        log=str(daemon.log),
     )
-    _write(_file(model_name, home, "json"), endpoint)
+    _write(_record(model_name, home), endpoint)
     try:
-        _wait_healthy(endpoint, process)
+        daemon.wait_until(lambda: _serves(endpoint), START_SECONDS)
     except BaseException:
         stop_endpoint(model_name, home)
         raise
@@ -148,12 +133,12 @@ def _start(
 
 def endpoint_status(name: str, home: Path) -> EndpointStatus | None:
     """The state of the endpoint `name`, None where there is none."""
-    path = _file(name, home, "json")
+    path = _record(name, home)
     try:
         endpoint = parse(Endpoint, path.read_text(), str(path))
     except FileNotFoundError:
         return None
-    running = _running(name, home)
+    running = _daemon(name, home).running()
     return EndpointStatus(endpoint=endpoint, running=running, healthy=running and _serves(endpoint))
 
 
@@ -165,12 +150,11 @@ def list_endpoints(home: Path) -> list[EndpointStatus]:
 
 def stop_endpoint(name: str, home: Path) -> bool:
     """Stop the endpoint `name` and remove its record (its log stays); whether there was one."""
-    status = endpoint_status(name, home)
-    if status is None:
+    record = _record(name, home)
+    if not record.exists():
         return False
-    if status.running:
-        _stop_process(status.endpoint, home)
-    _file(name, home, "json").unlink(missing_ok=True)
+    _daemon(name, home).stop()
+    record.unlink(missing_ok=True)
     return True
 
 
@@ -180,8 +164,12 @@ def stop_all(home: Path) -> list[str]:
     return [name for name in names if stop_endpoint(name, home)]
 
 
-def _file(name: str, home: Path, suffix: str) -> Path:
-    return home.absolute() / "endpoints" / f"{name}.{suffix}"
+def _daemon(name: str, home: Path) -> Daemon:
+    return Daemon(name, home.absolute() / "endpoints")
+
+
+def _record(name: str, home: Path) -> Path:
+    return home.absolute() / "endpoints" / f"{name}.json"
 
 
 def _write(path: Path, endpoint: Endpoint) -> None:
@@ -217,16 +205,6 @@ def _chosen_port(port: int | None, host: str) -> Iterator[int]:
     raise SystemFault(f"no port from {FIRST_PORT} on is free on {host}")
 
 
-def _wait_healthy(endpoint: Endpoint, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not _serves(endpoint):
-        if process.poll() is not None:
-            raise SystemFault(f"endpoint {endpoint.name} ended while it started: {_tail(endpoint)}")
-        if time.monotonic() > deadline:
-            raise SystemFault(f"endpoint {endpoint.name} gave no answer within {START_SECONDS:g} s: {_tail(endpoint)}")
-        time.sleep(0.1)
-
-
 def served_fingerprint(url: str) -> str | None:
     """Of the artifact that an endpoint says it serves; None where nothing of ours answers. `url` is without /v1."""
     try:
@@ -244,34 +222,3 @@ def _get_json(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(url, timeout=5) as response:
         answer = json.load(response)
     return answer if isinstance(answer, dict) else {}
-
-
-def _tail(endpoint: Endpoint) -> str:
-    """The last lines of the log, for an error message."""
-    lines = Path(endpoint.log).read_text(errors="replace").strip().splitlines()
-    return " | ".join(line.strip() for line in lines[-8:] if line.strip()) or "its log is empty"
-
-
-def _running(name: str, home: Path) -> bool:
-    """Whether the server's process is there: it holds the lock file from before its birth until its end.
-
-    A process id in a file proves nothing, the kernel uses it again.
-    """
-    path = _file(name, home, "lock")
-    if not path.exists():
-        return False
-    with path.open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
-
-
-def _stop_process(endpoint: Endpoint, home: Path) -> None:
-    os.kill(endpoint.pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
-    while _running(endpoint.name, home) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(endpoint.pid, signal.SIGKILL)  # whatever is left of its session

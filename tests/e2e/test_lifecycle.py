@@ -1,8 +1,7 @@
 """The whole lifecycle through the command line, and the figures it must show at preset tiny.
 
-LING_FLOW_TEST_HOME names a home whose artifacts may be used. CI runs the lifecycle there first, on a stack in that
-home: MLflow with passwords on PostgreSQL, artifacts on S3. Without it everything is
-computed, and kept in files and SQLite.
+LING_FLOW_TEST_HOME names a home whose artifacts may be used. If a stack was started in it, as CI does, that is where
+the run goes: MLflow with passwords on PostgreSQL, artifacts on S3. Else files and SQLite.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from toy.planned import PublishConfig, publish
 
 from ling_flow.config import StrictModel
 from ling_flow.errors import SystemFault, UserError
+from ling_flow.flow import mlflow_store
 from ling_flow.flow.component import Dataset, Output, Resources, Step, component
-from ling_flow.flow.tracking import NullTracker
+from ling_flow.flow.tracking import NullTracker, default_tracking_uri
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -55,6 +56,30 @@ def test_second_call_is_served_without_running_the_body(home: Path, calls: Path)
     assert second.result == first.result and second.outputs == first.outputs and second.seconds == first.seconds
     assert first.outputs["numbers"] == home / "artifacts" / "draw" / first.fingerprint / "numbers"
     assert not draw({"count": 4}).cached and calls.read_text() == "draw\n" * 2
+
+
+@pytest.mark.slow
+def test_on_kubeflow_a_cached_step_records_itself(
+    home: Path, calls: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There, no process drives the DAG that could."""
+    made = draw({"count": 3})
+    uri = default_tracking_uri(home)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert draw({"count": 3}).cached
+    assert not (home / "mlflow.db").exists(), "elsewhere the runner records it"
+    monkeypatch.setenv("LING_FLOW_KFP_RUN_ID", "kfp-9")
+    assert draw({"count": 3}).cached and calls.read_text() == "draw\n"
+    client = mlflow_store.connect(uri)
+    experiment = mlflow_store.experiment_id(client, mlflow_store.EXPERIMENT)
+    (run,) = client.search_runs([experiment], "tags.`ling_flow.cached` = 'true'")
+    assert (run.info.run_name, run.info.status) == ("draw_series", "FINISHED")
+    assert run.data.tags["ling_flow.fingerprint"] == made.fingerprint
+    assert run.data.tags["mlflow.parentRunId"] == mlflow_store.find_kfp_parent(client, experiment, "kfp-9")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert draw({"count": 3}).cached, "a store that is away ends nothing"
+    assert "the cached step is not recorded" in capsys.readouterr().err
 
 
 def test_manifest_tells_the_whole_story(home: Path) -> None:

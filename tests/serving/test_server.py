@@ -114,7 +114,7 @@ def test_a_checkpoint_that_cannot_be_loaded(home: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
-    with pytest.raises(SystemFault, match=r"endpoint micro ended while it started: .*config\.json"):
+    with pytest.raises(SystemFault, match=r"micro ended as it started; .*config\.json"):
         start_detached(broken, "micro", "f1", home, port=free_port())
     assert list_endpoints(home) == []
 
@@ -142,8 +142,9 @@ def test_in_the_foreground_until_a_signal(checkpoint: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == f"serving micro (f1) at http://127.0.0.1:{port}/v1\n"
+    assert process.stdout is not None and process.stderr is not None
+    said = process.stdout.readline()
+    assert said == f"serving micro (f1) at http://127.0.0.1:{port}/v1\n", process.stderr.read()
     assert ask(f"http://127.0.0.1:{port}") == ANSWER
     process.terminate()
     process.communicate(timeout=60)

@@ -1,7 +1,8 @@
 """A server of this machine that outlives the command that started it: start, look at, stop.
 
-`<directory>/<name>.lock` is held by the process while it runs (the kernel frees it, however the process ends),
-`<name>.pid` holds the id of its session, `<name>.log` its output.
+`<directory>/<name>.lock` is held by the process while it runs (the kernel frees it, however the process ends; a process
+id proves nothing, the kernel uses it again), `<name>.pid` holds its id, which is also that of its session, `<name>.log`
+its output. Its starter may exit: the server inherits no pipe.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ling_flow.errors import SystemFault, UserError
-from ling_flow.ports import port_is_free
+from ling_flow.errors import SystemFault
 
-HOST = "127.0.0.1"
 _MARK = "LING_FLOW_DAEMON"  # in the environment of a server and its children: whose they are
+_BEGIN = "--- started"  # a line of the log
 _STOP_SECONDS = 30.0
 
 
@@ -50,15 +50,35 @@ class Daemon:
                 return True
         return False
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str], account: pwd.struct_passwd | None) -> None:
-        """Start it in a session of its own; `account` is whom it runs as, None for ourselves."""
+    @property
+    def pid(self) -> int | None:
+        """Id of its process while it runs."""
+        with contextlib.suppress(FileNotFoundError):
+            return int(self._file("pid").read_text()) if self.running() else None
+        return None
+
+    def start(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        account: pwd.struct_passwd | None = None,
+        cwd: Path | None = None,
+    ) -> int:
+        """Start it in a session of its own, and return the id of its process.
+
+        Args:
+            account: whom it runs as, None for ourselves.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
         self.kill_stragglers()
         with self.log.open("ab") as output, self._file("lock").open("ab") as lock:
+            output.write(f"{_BEGIN} {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            output.flush()
             fcntl.flock(lock, fcntl.LOCK_EX)
             process = subprocess.Popen(
                 command,
                 env={**environment, _MARK: self._mark},
-                cwd=self.directory,
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -67,6 +87,7 @@ class Daemon:
                 **as_account(account),
             )
         self._file("pid").write_text(f"{process.pid}\n")
+        return process.pid
 
     def wait_until(self, healthy: Callable[[], bool], seconds: float) -> None:
         """
@@ -83,14 +104,14 @@ class Daemon:
 
     def stop(self) -> bool:
         """End it, by force after half a minute; whether it was running."""
-        was_running = self.running()
-        if was_running:
-            # Without its id (we were killed as we started it) it is ended as a straggler.
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                os.kill(int(self._file("pid").read_text()), self.stop_signal)
+        pid, was_running = self.pid, self.running()
+        if pid is not None:  # else we were killed as we started it, and it is ended as a straggler
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, self.stop_signal)
                 until = time.monotonic() + _STOP_SECONDS
                 while self.running() and time.monotonic() < until:
                     time.sleep(0.05)
+                os.killpg(pid, signal.SIGKILL)  # what is left of its session
         self.kill_stragglers()
         self._file("pid").unlink(missing_ok=True)
         return was_running
@@ -122,42 +143,11 @@ class Daemon:
         return self.directory / f"{self.name}.{suffix}"
 
     def _tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return f"log: {self.log}\n" + "\n".join(lines[-8:])
+        said = self.log.read_text(errors="replace").rpartition(_BEGIN)[2] if self.log.exists() else ""
+        lines = [line.strip() for line in said.splitlines()[1:] if line.strip()]
+        return f"log {self.log}: {' | '.join(lines[-8:]) or 'empty'}"
 
 
 def as_account(account: pwd.struct_passwd | None) -> dict[str, Any]:
     """Arguments for `subprocess` to run a program as another user; None changes nothing."""
     return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-
-
-def free_ports(count: int, first: int) -> list[int]:
-    """The first ports from `first` on that nothing listens at."""
-    found: list[int] = []
-    for port in range(first, 65536):
-        if port_is_free(port):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise SystemFault(f"there are no {count} free ports from {first} on")
-
-
-def soon_free(port: int) -> bool:
-    """Whether a server may listen there within ten seconds: a process that was killed closes its sockets last."""
-    until = time.monotonic() + 10
-    while not port_is_free(port):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def need_program(path: str | None, name: str, package: str) -> str:
-    """The program's path.
-
-    Raises:
-        UserError: it is not there; the message says what brings it.
-    """
-    if path is None:
-        raise UserError(f"{name}: not found on this machine; {package}")
-    return path
