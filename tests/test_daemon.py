@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 from ling_flow.daemon import Daemon
 from ling_flow.errors import SystemFault
 
+PARENT = "import subprocess; child = subprocess.Popen(['sleep', '1000']); print(child.pid, flush=True); child.wait()"
+
 
 def test_a_daemon_that_was_killed_leaves_no_children(tmp_path: Path) -> None:
     daemon = Daemon("sleeper", tmp_path)
-    pid = daemon.start(["/bin/sh", "-c", "sleep 1000 9>&- & echo $!; wait"], {})
+    pid = daemon.start([sys.executable, "-c", PARENT], {})
     assert daemon.running() and daemon.pid == pid
     daemon.wait_until(lambda: daemon.log.read_text().split()[-1].isdigit(), 20)
     child = int(daemon.log.read_text().split()[-1])
