@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +36,16 @@ PROFILE = {
     },
     "volumes": [{"claim": "data", "path": "/data"}],
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shallow_stacks() -> Iterator[None]:
+    """KFP reads the source around all callers for each setting of a task; under pytest that takes most of the time."""
+    from kfp.dsl import pipeline_task
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_task, "inspect", SimpleNamespace(stack=lambda: inspect.stack(context=0)))
+        yield
 
 
 @pytest.fixture
