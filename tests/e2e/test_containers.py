@@ -29,7 +29,7 @@ USER = 1000  # of the image
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         not all(map(shutil.which, ("podman", "buildah", "runc"))) or os.getuid() != 0,
         reason="needs root, podman, buildah and runc (apt-get install podman buildah runc mmdebstrap)",
