@@ -1,11 +1,14 @@
-"""Free TCP ports, for servers that are started here."""
+"""TCP ports for servers that are started here."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
+import tempfile
 import time
-
-from ling_flow.errors import SystemFault
+from pathlib import Path
+from typing import IO
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
@@ -19,22 +22,31 @@ def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
     return True
 
 
-def free_ports(count: int, first: int) -> list[int]:
-    """The first ports from `first` on that nothing listens at."""
-    found: list[int] = []
-    for port in range(first, 65536):
-        if port_is_free(port):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise SystemFault(f"there are no {count} free ports from {first} on")
+def claim_port(port: int, host: str = "127.0.0.1", patience: float = 0.0) -> IO[bytes] | None:
+    """Take a port for a server that is about to start; None where one listens, or another process has taken it.
 
+    Between choosing a port and listening at it a server may need half a minute, in which nothing else tells that the
+    port is not free.
 
-def soon_free(port: int) -> bool:
-    """Whether a server may listen there within ten seconds: a process that was killed closes its sockets last."""
-    until = time.monotonic() + 10
-    while not port_is_free(port):
-        if time.monotonic() > until:
-            return False
+    Args:
+        patience: seconds to wait for it: a process that was killed closes its sockets last.
+
+    Returns:
+        An open file: close it when the server listens.
+    """
+    claims = Path(tempfile.gettempdir(), f"ling_flow-ports-{os.getuid()}")
+    claims.mkdir(exist_ok=True)
+    claim = (claims / str(port)).open("ab")
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if port_is_free(port, host):
+                return claim
+            fcntl.flock(claim, fcntl.LOCK_UN)
+        except BlockingIOError:
+            pass
+        if time.monotonic() >= until:
+            claim.close()
+            return None
         time.sleep(0.05)
-    return True

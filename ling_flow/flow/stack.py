@@ -31,7 +31,7 @@ from pydantic import Field
 from ling_flow.config import StrictModel, parse
 from ling_flow.daemon import Daemon, as_account
 from ling_flow.errors import SystemFault, UserError
-from ling_flow.ports import free_ports, soon_free
+from ling_flow.ports import claim_port
 
 HOST = "127.0.0.1"
 FIRST_PORT = 15400
@@ -106,11 +106,14 @@ class Stack:
         """
         pg_bin, weed = _programs()
         account = _account(self.directory)
-        with self._alone():
+        with self._alone(), contextlib.ExitStack() as claims:
             secrets_ = self._secrets()
-            record = self._record() or Record(wanted_up=True, ports=_choose_ports())
+            record = self._record()
+            if record is None:
+                record = Record(wanted_up=True, ports=_choose_ports(claims))
+            else:
+                self._claim_ports(record.ports, claims)
             self._write("stack.json", record.model_copy(update={"wanted_up": True}).model_dump_json(indent=1))
-            self._check_ports(record.ports)
             with ThreadPoolExecutor(2) as pool:
                 starts = (
                     pool.submit(self._start_postgres, record.ports, secrets_, pg_bin, account),
@@ -251,18 +254,25 @@ class Stack:
         self._write("secrets.json", made.model_dump_json(indent=1))
         return made
 
-    def _check_ports(self, ports: Ports) -> None:
+    def _claim_ports(self, ports: Ports, claims: contextlib.ExitStack) -> None:
+        """Those of the servers that do not run.
+
+        Raises:
+            UserError: one is taken.
+        """
         wanted = {self.postgres: (ports.postgres,), self.s3: _s3_ports(ports), self.mlflow: (ports.mlflow,)}
         for daemon, numbers in wanted.items():
             if daemon.running():
                 continue
             daemon.kill_stragglers()
             for number in numbers:
-                if not soon_free(number):
+                claim = claim_port(number, patience=10)
+                if claim is None:
                     raise UserError(
                         f"{self.directory}/stack.json: port {number} of {daemon.name} is taken by another program; "
                         "end that, or write a free one there"
                     )
+                claims.enter_context(claim)
 
     def _write(self, name: str, text: str) -> None:
         """A file of ours, whole or not at all, for its owner only."""
@@ -425,8 +435,19 @@ def _database(ports: Ports, secrets_: Secrets) -> dict[str, str | int]:
     }
 
 
-def _choose_ports() -> Ports:
-    postgres, mlflow, s3, *inner = free_ports(10, FIRST_PORT)
+def _choose_ports(claims: contextlib.ExitStack) -> Ports:
+    """The first free ones."""
+    found: list[int] = []
+    for port in range(FIRST_PORT, 65536):
+        claim = claim_port(port)
+        if claim is not None:
+            claims.enter_context(claim)
+            found.append(port)
+        if len(found) == 10:
+            break
+    else:
+        raise SystemFault(f"there are no ten free ports from {FIRST_PORT} on")
+    postgres, mlflow, s3, *inner = found
     return Ports(postgres=postgres, mlflow=mlflow, s3=s3, s3_inner=tuple(inner))
 
 

@@ -5,11 +5,9 @@ A background endpoint is a `Daemon` in `<home>/endpoints`, with `<name>.json` be
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from pydantic import Field
 from ling_flow.config import StrictModel, parse
 from ling_flow.daemon import Daemon
 from ling_flow.errors import SystemFault, UserError
-from ling_flow.ports import port_is_free
+from ling_flow.ports import claim_port, port_is_free
 
 FIRST_PORT = 8000
 START_SECONDS = 120.0  # a large checkpoint takes its time
@@ -187,21 +185,18 @@ def _check_model_dir(model_dir: Path) -> None:
 def _chosen_port(port: int | None, host: str) -> Iterator[int]:
     """The port to listen on; while the block lasts, no other process that looks for a free one takes it."""
     if port is not None:
-        if not port_is_free(port, host):
+        claim = claim_port(port, host)
+        if claim is None:
             raise UserError(f"port: {port} is taken on {host}; choose another, or none to get the first free one")
-        yield port
+        with claim:
+            yield port
         return
-    claims = Path(tempfile.gettempdir(), f"ling_flow-ports-{os.getuid()}")
-    claims.mkdir(exist_ok=True)
     for candidate in range(FIRST_PORT, 65536):
-        with (claims / str(candidate)).open("ab") as claim:
-            try:
-                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            if port_is_free(candidate, host):
+        claim = claim_port(candidate, host)
+        if claim is not None:
+            with claim:
                 yield candidate
-                return
+            return
     raise SystemFault(f"no port from {FIRST_PORT} on is free on {host}")
 
 
