@@ -14,6 +14,8 @@ def prepare_private_ray() -> None:
     lives in the environment only.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray gives its workers niceness 15: beside anything else on the machine, trials and endpoints would hardly get on.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
