@@ -23,6 +23,7 @@ from ling_flow.errors import SystemFault, UserError
 from ling_flow.evaluation.gate import Gate, GateVerdict, judge
 from ling_flow.flow import ledger
 from ling_flow.flow import mlflow_store as store
+from ling_flow.flow.artifact import Ref
 from ling_flow.flow.context import Context
 from ling_flow.flow.identity import code_version
 
@@ -294,7 +295,9 @@ class Registry:
         experiment = store.experiment_id(client, store.EXPERIMENT)
         model_id = store.find_model(client, experiment, artifact)
         if model_id is None:
-            model_id = store.log_model(client, experiment, None, name, artifact, params, tags)
+            # The step that made it could not tell the store of it.
+            made_by = {"ling_flow.component": Ref.parse(artifact).component}
+            model_id = store.log_model(client, experiment, None, name, artifact, params, tags | made_by)
         tags[store.ARTIFACT_TAG] = artifact
         with store.default_store(self.tracking_uri):
             made = client.create_model_version(name, f"models:/{model_id}", tags=tags, model_id=model_id)

@@ -36,6 +36,7 @@ def test_a_version_leads_back_to_its_artifact(registry: Registry) -> None:
     assert (str(model.status), model.params) == ("READY", {"layers": "4"})
     tags = registry.logged_model(model_id)
     assert tags is not None and tags["ling_flow.artifact_uri"] == version.artifact
+    assert tags["ling_flow.component"] == "preference_pass"
 
 
 def test_the_model_that_the_producing_step_logged_is_used(registry: Registry) -> None:
