@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Of what is installed a small part is ever imported, and compiled then: compiling all of it takes longer than the rest.
 PIP := $(BIN)/pip install --quiet --no-compile
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --durations 15 --durations-min 5
+PYTEST := $(BIN)/python -m pytest --durations 15 --durations-min 5
+# Two cores' worth: what is slow waits much, for servers and processes.
+FAST := -m "not slow and not e2e" --numprocesses 2
+SLOW := --numprocesses 3 --dist loadfile
 
 .PHONY: setup lifecycle test test-fast lint fmt clean
 
@@ -24,12 +27,12 @@ lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny
 	$(BIN)/lingflow run lifecycle --preset tiny
 
 test: lint  ## everything: fast, slow and whole pipelines
-	$(PYTEST) -m "not slow and not e2e"
-	$(PYTEST) -m "slow and not e2e" --dist loadfile
-	$(PYTEST) -m e2e --dist loadfile
+	$(PYTEST) $(FAST)
+	$(PYTEST) -m "slow and not e2e" $(SLOW)
+	$(PYTEST) -m e2e $(SLOW)
 
 test-fast: setup
-	$(PYTEST) -m "not slow and not e2e"
+	$(PYTEST) $(FAST)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -185,11 +185,9 @@ def _check_model_dir(model_dir: Path) -> None:
 def _chosen_port(port: int | None, host: str) -> Iterator[int]:
     """The port to listen on; while the block lasts, no other process that looks for a free one takes it."""
     if port is not None:
-        claim = claim_port(port, host)
-        if claim is None:
+        if not port_is_free(port, host):
             raise UserError(f"port: {port} is taken on {host}; choose another, or none to get the first free one")
-        with claim:
-            yield port
+        yield port
         return
     for candidate in range(FIRST_PORT, 65536):
         claim = claim_port(candidate, host)

@@ -97,7 +97,7 @@ def test_a_full_disk_is_told_in_one_line_and_spoils_nothing(corpus, whole, small
 @pytest.mark.parametrize("file", ["model.safetensors", "training_state/optimizer.safetensors"])
 def test_a_file_that_may_not_grow_is_told_and_spoils_nothing(corpus, whole, tmp_path, file):
     limit = (list_checkpoints(whole(SHORT))[-1] / file).stat().st_size - 1
-    end = train_apart(corpus.path, tmp_path, SHORT, Fault(steps=10, file_bytes=limit))
+    end = train_apart(corpus.path, tmp_path, SHORT, Fault(steps=10, file_bytes=limit, saved=2))
     assert end.exitcode == SystemFault.exit_code
     assert "step-00000012: cannot be written (File too large)" in end.error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000008"]

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import torch
 from ling_flow.data.batches import Batches
 from ling_flow.data.corpus import Corpus
 from ling_flow.errors import LingFlowError
+from ling_flow.training.checkpoint import list_checkpoints
 from ling_flow.training.settings import StageSettings
 from ling_flow.training.stage import batch_sizes, open_stage, run_stage
 from ling_flow.training.stopping import sigterm_noticed
@@ -32,6 +34,7 @@ class Fault(NamedTuple):
     seconds: float = 0.0
     signal: signal.Signals | None = None
     file_bytes: int | None = None  # no file may become larger
+    saved: int = 0  # so many checkpoints are whole before; writing them may take longer than the steps
 
 
 class End(NamedTuple):
@@ -78,6 +81,8 @@ def _train(tell: Connection, corpus: Path, directory: Path, settings: StageSetti
                 threading.Timer(fault.seconds, os.kill, (os.getpid(), fault.signal)).start()
             elif fault.signal is not None:
                 os.kill(os.getpid(), fault.signal)
+            while len(list_checkpoints(directory)) < fault.saved:
+                time.sleep(0.01)
             if fault.file_bytes is not None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_bytes, fault.file_bytes))
