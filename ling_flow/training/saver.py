@@ -6,9 +6,6 @@ copy is one more of weights and moments (12 bytes per parameter with AdamW in fl
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +16,6 @@ import torch
 from torch import Tensor
 
 from ling_flow.training.checkpoint import Contents
-
-NICENESS = 10  # of the thread that writes
 
 
 class SaveReport(NamedTuple):
@@ -46,7 +41,7 @@ class Saver:
 
     def __init__(self, write: Callable[[Contents], None], on_saved: Callable[[SaveReport], None]) -> None:
         self._write, self._on_saved = write, on_saved
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[SaveReport] | None = None
         self._buffers: dict[str, Tensor] = {}
 
@@ -104,10 +99,3 @@ class Saver:
                 self._buffers[f"{kind}:{name}"] = buffer
             copies[name] = buffer.copy_(tensor, non_blocking=True)
         return copies
-
-
-def _give_way() -> None:
-    """Let training's threads go first: on a CPU the writer would take a core from them. Linux alone can say so of a
-    thread."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
