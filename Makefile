@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 # Of what is installed a small part is ever imported, and compiled then: compiling all of it takes longer than the rest.
 PIP := $(BIN)/pip install --quiet --no-compile
 PYTEST := $(BIN)/python -m pytest --durations 15 --durations-min 5
-# Two cores' worth: what is slow waits much, for servers and processes.
+# For two cores; what is slow waits much, for servers and processes.
 FAST := -m "not slow and not e2e" --numprocesses 2
-SLOW := --numprocesses 3 --dist loadfile
+SLOW := -m "slow and not e2e" --numprocesses 3 --dist loadfile
+E2E := -m e2e --numprocesses 2 --dist loadfile
 
 .PHONY: setup lifecycle test test-fast lint fmt clean
 
@@ -28,8 +29,8 @@ lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny
 
 test: lint  ## everything: fast, slow and whole pipelines
 	$(PYTEST) $(FAST)
-	$(PYTEST) -m "slow and not e2e" $(SLOW)
-	$(PYTEST) -m e2e $(SLOW)
+	$(PYTEST) $(SLOW)
+	$(PYTEST) $(E2E)
 
 test-fast: setup
 	$(PYTEST) $(FAST)

@@ -23,7 +23,7 @@ from ling_flow.errors import SystemFault, UserError
 from ling_flow.ports import claim_port, port_is_free
 
 FIRST_PORT = 8000
-START_SECONDS = 120.0  # a large checkpoint takes its time
+START_SECONDS = 300.0  # a large checkpoint, or a busy machine, takes its time
 LOCALHOST = "127.0.0.1"
 
 
