@@ -195,7 +195,7 @@ def test_processes_find_what_containers_made(
         "--config", str(home / "short.json"),
         "--corpus", done["phases"]["prepare_data"]["artifacts"]["corpus"],
         "--scaling_law", done["phases"]["fit_scaling_laws"]["artifacts"]["scaling_law"],
-        "--root", str(home / "here"), "--json", module="components.pretrain", timeout=300,
+        "--root", str(home / "here"), "--json", module="components.pretrain", timeout=900,
     )  # fmt: skip
     assert trained.code == 0, trained.err
     ours, theirs = Path(trained.json["outputs"]["checkpoints"]), Path(_checkpoints(done))
@@ -211,7 +211,7 @@ def _checkpoints(result: dict[str, Any]) -> str:
 def test_a_step_that_fails_tells_its_own_error(
     done: dict[str, Any], environment: dict[str, str], run_arguments: list[str]
 ) -> None:
-    failed = run_module(environment, *run_arguments, "--set", "merge_checkpoints.last_k=5", timeout=300)
+    failed = run_module(environment, *run_arguments, "--set", "merge_checkpoints.last_k=5", timeout=900)
     assert failed.code == 2
     assert "error: merge_checkpoints.last_k: 5 asked for, but" in failed.err
     assert "Traceback" not in failed.err
@@ -228,7 +228,7 @@ SLOW = ["--set", "pretrain_short.tokens=120000", "--set", "pretrain_short.checkp
 
 
 def _until_it_trains(home: Path, running: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not list(home.glob("artifacts/pretrain/*.partial/checkpoints/step-*/training_state/files.json")):
         assert running.poll() is None, running.stderr.read() if running.stderr else ""
         assert time.monotonic() < deadline
@@ -272,7 +272,7 @@ def _finish(environment: dict[str, str], run_arguments: list[str], slow: list[st
     before = set(home.glob("runs/*"))
     running = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             time.sleep(0.2)
             assert running.poll() in (None, 0)

@@ -95,7 +95,7 @@ def test_the_endpoint_answers_over_http(tiny: dict[str, Any]) -> None:
 def test_a_second_run_is_served_from_artifacts(
     tiny: dict[str, Any], home: str, stores: dict[str, str], call: Call
 ) -> None:
-    again = call("--home", home, "run", "lifecycle", "--preset", "tiny", "--json", timeout=300, **stores).json
+    again = call("--home", home, "run", "lifecycle", "--preset", "tiny", "--json", timeout=900, **stores).json
     assert all(entry["cached"] for entry in again["phases"].values())
     assert [entry["metrics"] for entry in again["phases"].values()] == [
         entry["metrics"] for entry in tiny["phases"].values()

@@ -61,7 +61,7 @@ def killed(home: Path) -> dict[str, tuple[str, str]]:
     running = subprocess.Popen(
         command, cwd=REPOSITORY, env=user_environment(home), start_new_session=True, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not list(home.glob("artifacts/pretrain/*.partial/checkpoints/step-*/training_state/files.json")):
         assert running.poll() is None, running.stderr.read() if running.stderr else ""
         assert time.monotonic() < deadline
