@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ling_flow.errors import SystemFault, UserError
-from ling_flow.private_ray import prepare_private_ray
+from ling_flow.private_ray import prepare_private_ray, start_private_ray
 
 OBJECT_STORE_BYTES = 2**27  # corpora and checkpoints travel by path; results are small
 
@@ -41,19 +41,7 @@ def ray_running(cpus: int | None) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise _no_cluster(address, error) from None
     else:
-        try:
-            ray.init(
-                address="local",
-                num_cpus=cpus or len(os.sched_getaffinity(0)),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
-        except Exception as error:  # Ray has no class of its own for a node that was too slow, or died
-            reason = " ".join(str(error).split())[:200]
-            raise SystemFault(
-                f"a local Ray did not start ({reason}); is the machine busy, or its memory full?"
-            ) from error
+        start_private_ray(cpus or len(os.sched_getaffinity(0)), OBJECT_STORE_BYTES, **quiet)
     try:
         yield
     finally:

@@ -53,7 +53,7 @@ class Daemon:
     @property
     def pid(self) -> int | None:
         """Id of its process while it runs."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not written yet, or not to its end
             return int(self._file("pid").read_text()) if self.running() else None
         return None
 

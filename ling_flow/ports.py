@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from ling_flow.errors import SystemFault
+
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether a server may listen there; one that ended a moment ago does not count."""
@@ -33,10 +35,18 @@ def claim_port(port: int, host: str = "127.0.0.1", patience: float = 0.0) -> IO[
 
     Returns:
         An open file: close it when the server listens.
+
+    Raises:
+        SystemFault: there is no place to note it.
     """
     claims = Path(tempfile.gettempdir(), f"ling_flow-ports-{os.getuid()}")
-    claims.mkdir(exist_ok=True)
-    claim = (claims / str(port)).open("ab")
+    try:
+        claims.mkdir(exist_ok=True)
+        claim = (claims / str(port)).open("ab")
+    except OSError as error:
+        raise SystemFault(
+            f"{claims}: cannot be written to ({error.strerror}); set TMPDIR to a directory of yours"
+        ) from None
     until = time.monotonic() + patience
     while True:
         try:

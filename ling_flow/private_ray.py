@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+from typing import Any
+
+from ling_flow.errors import SystemFault
 
 
 def prepare_private_ray() -> None:
@@ -19,3 +22,24 @@ def prepare_private_ray() -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def start_private_ray(cpus: int, object_store_bytes: int, **options: Any) -> None:
+    """`ray.init` of a cluster of our own, after `prepare_private_ray`.
+
+    Raises:
+        SystemFault: it does not start.
+    """
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=object_store_bytes,
+            include_dashboard=False,
+            **options,
+        )
+    except Exception as error:  # Ray has no class of its own for a node that was too slow, or died
+        reason = " ".join(str(error).split())[:200]
+        raise SystemFault(f"a local Ray did not start ({reason}); is the machine busy, or its memory full?") from error

@@ -14,7 +14,6 @@ import json
 import os
 import pwd
 import secrets
-import shlex
 import shutil
 import signal
 import subprocess
@@ -26,56 +25,33 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
 from ling_flow.config import StrictModel, parse
 from ling_flow.daemon import Daemon, as_account
 from ling_flow.errors import SystemFault, UserError
+from ling_flow.flow.stack_settings import (
+    ADMIN,
+    ARTIFACTS_BUCKET,
+    DATABASE_USER,
+    DATABASES,
+    HOST,
+    MLFLOW_BUCKET,
+    REGION,
+    Ports,
+    Record,
+    Secrets,
+    auth_config,
+    aws,
+    env_text,
+    new_key,
+    s3_identities,
+    s3_ports,
+    user_environment,
+)
 from ling_flow.ports import claim_port
 
-HOST = "127.0.0.1"
 FIRST_PORT = 15400
 START_SECONDS = 180.0  # MLflow makes its tables; on a busy machine that takes long
-DATABASES = ("mlflow", "mlflow_auth")
-DATABASE_USER = "ling_flow"
-ADMIN = "admin"
-ARTIFACTS_BUCKET, MLFLOW_BUCKET = "ling-flow", "mlflow"
-REGION = "us-east-1"
 _MASTER_SLOTS = ("master", "volume", "filer", "s3")
-
-
-class Ports(StrictModel):
-    """TCP ports on 127.0.0.1, chosen once. Each of the object store's four has a second one, where it speaks gRPC."""
-
-    postgres: int
-    mlflow: int
-    s3: int
-    s3_inner: tuple[int, ...]
-
-
-class Record(StrictModel):
-    """What `stack.json` holds."""
-
-    wanted_up: bool = Field(description="whether `up` came last, and not `down`")
-    ports: Ports
-
-
-class Key(StrictModel):
-    """A pair that signs requests to the object store."""
-
-    id: str
-    secret: str
-
-
-class Secrets(StrictModel):
-    """What `secrets.json` holds, made once."""
-
-    database_password: str
-    admin_password: str
-    session_key: str = Field(description="signs MLflow's sessions")
-    s3_admin: Key = Field(description="makes the buckets")
-    s3_mlflow: Key = Field(description="MLflow's server, in its own bucket only")
-    s3_user: Key = Field(description="steps, in the artifacts' bucket only")
 
 
 class ServerStatus(StrictModel):
@@ -122,7 +98,7 @@ class Stack:
                 for start in starts:
                     start.result()
             self._start_mlflow(record.ports, secrets_)
-            self._write("env", _env_text(record.ports, secrets_))
+            self._write("env", env_text(record.ports, secrets_))
 
     def down(self) -> list[str]:
         """Stop the servers, those that need others first; names of those that ran. Data stays."""
@@ -166,7 +142,7 @@ class Stack:
         record = self._record()
         if record is None or not self.env_file.exists():
             raise UserError(f"{self.directory}: no stack was started there; run lingflow stack up")
-        return _user_environment(record.ports, self._secrets())
+        return user_environment(record.ports, self._secrets())
 
     def _start_postgres(
         self, ports: Ports, secrets_: Secrets, binaries: Path, account: pwd.struct_passwd | None
@@ -196,13 +172,13 @@ class Stack:
             return
         data = self.directory / "s3"
         data.mkdir(exist_ok=True)
-        self._write("s3.json", json.dumps(_s3_identities(secrets_)))
+        self._write("s3.json", json.dumps(s3_identities(secrets_)))
         command = [weed, "server", "-dir", str(data), "-ip", HOST, "-ip.bind", HOST, "-filer", "-s3"]
         command += ["-s3.config", str(self.directory / "s3.json"), "-s3.port.iceberg", "0", "-s3.port.lance", "0"]
         # Volumes of 256 MiB, as many as the disk holds.
         command += ["-master.telemetry=false", "-master.volumeSizeLimitMB", "256", "-volume.max", "0"]
         command += ["-volume.preStopSeconds", "0"]  # nobody to take over when it stops
-        for slot, port, grpc in zip(_MASTER_SLOTS, _s3_ports(ports)[::2], _s3_ports(ports)[1::2], strict=True):
+        for slot, port, grpc in zip(_MASTER_SLOTS, s3_ports(ports)[::2], s3_ports(ports)[1::2], strict=True):
             command += [f"-{slot}.port", str(port), f"-{slot}.port.grpc", str(grpc)]
         # SeaweedFS makes an administrator of the key it finds in AWS_ACCESS_KEY_ID: of a user who starts the stack.
         self.s3.start(command, _environment_without("AWS_", "WEED_"), cwd=self.directory)
@@ -214,7 +190,7 @@ class Stack:
         if self.mlflow.running():
             self.mlflow.wait_until(answers, START_SECONDS)
             return
-        self._write("auth.ini", _auth_config(ports))
+        self._write("auth.ini", auth_config(ports))
         url = f"postgresql+psycopg2://{DATABASE_USER}@{HOST}:{ports.postgres}"
         # What is secret goes through the environment: arguments can be read by everyone on the machine.
         environment = _environment_without("MLFLOW_", "AWS_", "PG") | {
@@ -228,7 +204,7 @@ class Stack:
             "MLFLOW_S3_ENDPOINT_URL": f"http://{HOST}:{ports.s3}",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs are ours to run
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            **_aws(secrets_.s3_mlflow),
+            **aws(secrets_.s3_mlflow),
         }
         command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]
         command += ["--host", HOST, "--port", str(ports.mlflow)]
@@ -247,9 +223,9 @@ class Stack:
             database_password=secrets.token_hex(16),
             admin_password=secrets.token_hex(16),
             session_key=secrets.token_hex(32),
-            s3_admin=_new_key(),
-            s3_mlflow=_new_key(),
-            s3_user=_new_key(),
+            s3_admin=new_key(),
+            s3_mlflow=new_key(),
+            s3_user=new_key(),
         )
         self._write("secrets.json", made.model_dump_json(indent=1))
         return made
@@ -260,7 +236,7 @@ class Stack:
         Raises:
             UserError: one is taken.
         """
-        wanted = {self.postgres: (ports.postgres,), self.s3: _s3_ports(ports), self.mlflow: (ports.mlflow,)}
+        wanted = {self.postgres: (ports.postgres,), self.s3: s3_ports(ports), self.mlflow: (ports.mlflow,)}
         for daemon, numbers in wanted.items():
             if daemon.running():
                 continue
@@ -451,57 +427,6 @@ def _choose_ports(claims: contextlib.ExitStack) -> Ports:
     return Ports(postgres=postgres, mlflow=mlflow, s3=s3, s3_inner=tuple(inner))
 
 
-def _s3_ports(ports: Ports) -> tuple[int, ...]:
-    """Port and gRPC port of each part of the object store, in the order of `_MASTER_SLOTS`."""
-    return (*ports.s3_inner[:6], ports.s3, ports.s3_inner[6])
-
-
-def _new_key() -> Key:
-    return Key(id=secrets.token_hex(10).upper(), secret=secrets.token_hex(20))
-
-
-def _s3_identities(secrets_: Secrets) -> dict[str, object]:
-    def identity(name: str, key: Key, actions: list[str]) -> dict[str, object]:
-        return {"name": name, "credentials": [{"accessKey": key.id, "secretKey": key.secret}], "actions": actions}
-
-    def inside(bucket: str) -> list[str]:
-        return [f"{action}:{bucket}" for action in ("Read", "Write", "List", "Tagging")]
-
-    return {
-        "identities": [
-            identity("admin", secrets_.s3_admin, ["Admin", "Read", "Write", "List", "Tagging"]),
-            identity("mlflow", secrets_.s3_mlflow, inside(MLFLOW_BUCKET)),
-            identity("steps", secrets_.s3_user, inside(ARTIFACTS_BUCKET)),
-        ]
-    }
-
-
-def _auth_config(ports: Ports) -> str:
-    database = f"postgresql+psycopg2://{DATABASE_USER}@{HOST}:{ports.postgres}/{DATABASES[1]}"
-    # A password is hashed at most once a minute, and not for every metric that a step sends.
-    return f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\nauth_cache_ttl_seconds = 60\n"
-
-
 def _environment_without(*prefixes: str) -> dict[str, str]:
     """The environment of whoever starts the stack, without what would steer a server."""
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
-
-
-def _aws(key: Key) -> dict[str, str]:
-    return {"AWS_ACCESS_KEY_ID": key.id, "AWS_SECRET_ACCESS_KEY": key.secret, "AWS_DEFAULT_REGION": REGION}
-
-
-def _user_environment(ports: Ports, secrets_: Secrets) -> dict[str, str]:
-    return {
-        "MLFLOW_TRACKING_URI": f"http://{HOST}:{ports.mlflow}",
-        "MLFLOW_TRACKING_USERNAME": ADMIN,
-        "MLFLOW_TRACKING_PASSWORD": secrets_.admin_password,
-        "LING_FLOW_ARTIFACTS": f"s3://{ARTIFACTS_BUCKET}/artifacts",
-        "AWS_ENDPOINT_URL": f"http://{HOST}:{ports.s3}",
-        **_aws(secrets_.s3_user),
-    }
-
-
-def _env_text(ports: Ports, secrets_: Secrets) -> str:
-    lines = (f"export {name}={shlex.quote(value)}" for name, value in _user_environment(ports, secrets_).items())
-    return "\n".join(lines) + "\n"

@@ -319,22 +319,24 @@ def record_cached(
 
 
 def record_cached_on_kfp(tracking_uri: str, kfp_run_id: str, label: str, manifest: Manifest) -> None:
-    """The same, by the step itself, below the run of a Kubeflow run: there, no process drives the DAG."""
+    """The same, by the step itself, below the run of a Kubeflow run: there, no process drives the DAG.
+
+    Whatever the store answers, the step has what it was asked for: no error leaves this function.
+    """
+    inputs = {name: parent.ref for name, parent in manifest.inputs.items()}
     try:
         with store.reaching(tracking_uri):
-            parent = store.kfp_parent(store.connect(tracking_uri), EXPERIMENT, kfp_run_id)
-    except SystemFault as error:
+            above = store.kfp_parent(store.connect(tracking_uri), EXPERIMENT, kfp_run_id)
+        record_cached(
+            tracking_uri,
+            above,
+            label,
+            manifest.component,
+            manifest.fingerprint,
+            manifest.config,
+            inputs,
+            manifest.result,
+            manifest.code_version,
+        )
+    except Exception as error:
         events.emit("log", step=label, text=f"{error}; the cached step is not recorded")
-        return
-    inputs = {name: parent_.ref for name, parent_ in manifest.inputs.items()}
-    record_cached(
-        tracking_uri,
-        parent,
-        label,
-        manifest.component,
-        manifest.fingerprint,
-        manifest.config,
-        inputs,
-        manifest.result,
-        manifest.code_version,
-    )

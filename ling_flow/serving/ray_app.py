@@ -1,4 +1,4 @@
-"""The chat application on Ray Serve. The only module of the library that imports Ray, and only inside its functions."""
+"""The chat application on Ray Serve. Ray is imported inside the functions only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ling_flow.private_ray import prepare_private_ray
+from ling_flow.private_ray import prepare_private_ray, start_private_ray
 
 OBJECT_STORE_BYTES = 100 * 2**20  # requests and answers are small; 75 MiB is Ray's minimum
 
@@ -49,6 +49,7 @@ def run_until_signal(
 
     Raises:
         RuntimeError: the application did not come up; the message holds the replica's error.
+        SystemFault: Ray of our own did not start.
     """
     address = os.environ.get("RAY_ADDRESS")
     if address is not None and address.startswith(("http://", "https://")):
@@ -68,14 +69,7 @@ def run_until_signal(
     else:
         # A directory of its own keeps this cluster apart from any other on the machine. Ray picks free ports by itself.
         temporary = tempfile.mkdtemp(prefix="lf-")
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=temporary,
-            **quiet,
-        )
+        start_private_ray(1, OBJECT_STORE_BYTES, _temp_dir=temporary, **quiet)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

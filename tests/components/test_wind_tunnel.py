@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from components import ray_cluster
 from components.prepare_data import PrepareDataConfig, prepare_data
 from components.ray_cluster import ray_running
 from components.wind_tunnel import WindTunnelConfig, wind_tunnel
@@ -152,8 +153,20 @@ def test_an_error_of_the_user_is_not_retried_and_a_ray_of_others_is_left_running
         with ray_running(cpus=1), pytest.raises(UserError, match=r"^/.*: damaged$"):
             run_tasks(tasks(tmp_path)[:1], lambda result: None, function=refused)
         assert ray.is_initialized()
+        niceness = ray.get(ray.remote(lambda: os.nice(0)).remote())
+        assert niceness == os.nice(0), "trials stand back behind nothing"
     assert not ray.is_initialized()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_ray_that_does_not_start_is_a_fault_of_the_machine(monkeypatch):
+    monkeypatch.setattr(ray_cluster, "OBJECT_STORE_BYTES", 1)
+    with (
+        pytest.raises(SystemFault, match=r"a local Ray did not start \(.*\); is the"),
+        ray_running(cpus=1),
+    ):
+        pass
 
 
 @pytest.mark.slow
