@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Of what is installed a small part is ever imported, and compiled then: compiling all of it takes longer than the rest.
+# Bytecode is made on all cores at the end, and not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as in
+# many images, every process would compile what it imports anew.
 PIP := $(BIN)/pip install --quiet --no-compile
 PYTEST := $(BIN)/python -m pytest --durations 15 --durations-min 5
 # For two cores; what is slow waits much, for servers and processes.
@@ -22,6 +23,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --no-deps nemo-automodel
 	# The oldest supported Triton, for tests that compile with it.
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton-oldest triton==3.6.0
+	-$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV) # some templates are no Python
 	touch $@
 
 lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny
