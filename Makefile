@@ -8,8 +8,7 @@ PIP := $(BIN)/pip install --quiet --no-compile
 PYTEST := $(BIN)/python -m pytest --durations 15 --durations-min 5
 # For two cores; what is slow waits much, for servers and processes.
 FAST := -m "not slow and not e2e" --numprocesses 2
-SLOW := -m "slow and not e2e" --numprocesses 3 --dist loadfile
-E2E := -m e2e --numprocesses 2 --dist loadfile
+SLOW := -m "slow or e2e" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup lifecycle test test-fast lint fmt clean
 
@@ -32,7 +31,6 @@ lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny
 test: lint  ## everything: fast, slow and whole pipelines
 	$(PYTEST) $(FAST)
 	$(PYTEST) $(SLOW)
-	$(PYTEST) $(E2E)
 
 test-fast: setup
 	$(PYTEST) $(FAST)

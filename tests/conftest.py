@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,9 +23,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what follows `&` deaf to Ctrl-C, and so would be all that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parents[1]
 OURS = ("LING_FLOW_", "MLFLOW_", "RAY_ADDRESS", "RAY_AUTH", "TRITON_")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is allowed the most time comes first, so that at the end no worker is alone with it."""
+
+    def allowed(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("timeout")
+        return float(marker.args[0]) if marker else 0.0
+
+    items.sort(key=allowed, reverse=True)  # stable
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import yaml
 from tests.conftest import REPOSITORY, Called
 from tests.flow.ray_head import RAY, RayHead, ray_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow]
 
 MICRO = REPOSITORY / "tests" / "e2e" / "micro.yaml"
 

@@ -193,7 +193,7 @@ class PretrainResult(StrictModel):
 
 
 @component(
-    version=1,
+    version=2,
     resources=Resources(cpus=2, memory_gib=4),
     resumable=True,
     label=lambda config: f"pretrain_{config.stage}",

@@ -45,7 +45,7 @@ class WindTunnelResult(StrictModel):
     seconds: float = Field(description="time of all trials together, seconds of one worker")
 
 
-@component(version=1, resources=Resources(cpus=2, memory_gib=4), resumable=True, runs_on="ray")
+@component(version=2, resources=Resources(cpus=2, memory_gib=4), resumable=True, runs_on="ray")
 def wind_tunnel(
     config: WindTunnelConfig, corpus: Input[Dataset], trials: Output[Metrics], step: Step
 ) -> WindTunnelResult:

@@ -56,8 +56,11 @@ class FP8Weight:
         self._quantized: Quantized | None = None
 
     def quantized(self, weight_EAB: Tensor) -> Quantized:
-        """The weight in blocks, made again only after the weight has changed: once per optimizer step."""
-        key = (weight_EAB.data_ptr(), weight_EAB._version)  # every change in place counts the version up
+        """The weight in blocks, made again only after the weight has changed: once per optimizer step.
+
+        A change is known by the weight's version. torch's fused optimizers do not count it up: `build_optimizer` does.
+        """
+        key = (weight_EAB.data_ptr(), weight_EAB._version)
         if self._quantized is None or key != self._key:
             self._key, self._quantized = key, quantize_blocks(weight_EAB)
         return self._quantized

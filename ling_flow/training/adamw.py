@@ -16,7 +16,7 @@ def adamw_(parameters: list[Tensor], state: MutableMapping[Tensor, Any], group: 
         return
     for parameter in parameters:
         if not state[parameter]:
-            state[parameter]["step"] = torch.zeros(())  # on the CPU: reading it waits for nothing
+            state[parameter]["step"] = torch.zeros((), device=parameter.device)  # where the fused update wants it
             state[parameter]["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
     states = [state[parameter] for parameter in parameters]
@@ -28,6 +28,6 @@ def adamw_(parameters: list[Tensor], state: MutableMapping[Tensor, Any], group: 
         [found["exp_avg_sq"] for found in states],
         [],
         [found["step"] for found in states],
-        amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+        fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
         eps=group["eps"], maximize=False,
     )  # fmt: skip

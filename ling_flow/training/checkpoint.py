@@ -30,7 +30,7 @@ from ling_flow.model.checkpoint_files import TensorSpec, write_tensors
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.hf import save_state
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
-from ling_flow.training.adamw8 import MOMENTS
+from ling_flow.training.adamw8 import MOMENTS, AdamW8bit
 from ling_flow.training.optimizer import state_of
 from ling_flow.training.settings import TrainingState
 
@@ -175,7 +175,8 @@ def load_training_state(
                 f"{folder / _OPTIMIZER}: moments of {name} are those of another optimizer; "
                 "adamw, adamw8bit and muon cannot go on from each other"
             )
-        on_cpu = {"step"}  # where AdamW keeps it
+        in_8_bits = isinstance(optimizer, AdamW8bit) and optimizer.in_8_bits(parameter)
+        on_cpu = {"step"} if in_8_bits else set()  # a number of the kernel's; the fused update has it on the device
         optimizer.state[parameter] = {
             key: value if key in on_cpu else value.to(parameter.device) for key, value in moments.items()
         }

@@ -33,8 +33,21 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> AnyOptimiz
     for each in sorted(set(rows.values())):
         stacked = [parameter for parameter in parameters if rows.get(parameter) == each]
         groups.append({"params": stacked, "weight_decay": settings.weight_decay, "rows": each})
-    kind = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit, "muon": Muon}[settings.optimizer]
-    return kind(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+    given: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    optimizer: AnyOptimizer
+    if settings.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, fused=True, **given)  # every tensor is read and written once
+    elif settings.optimizer == "adamw8bit":
+        optimizer = AdamW8bit(groups, **given)
+    else:
+        optimizer = Muon(groups, **given)
+    optimizer.register_step_post_hook(_count_versions)
+    return optimizer
+
+
+def _count_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """As any change in place does, except torch's fused update: by it FP8 layers know that a weight has changed."""
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def hidden_matrices(model: nn.Module) -> dict[torch.Tensor, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from ling_flow.flow.tracking import Tracker
 from tests.components.pretraining import config, make_inputs
 from tests.flow.mlflow_server import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow]
 
 AWAY_SECONDS = float(os.environ.get("LING_FLOW_TEST_AWAY_SECONDS", "20"))  # up to a minute and a half
 STEPS = 200

@@ -22,7 +22,7 @@ from ling_flow.training.settings import CheckpointIndex
 from tests.components.pretraining import config, make_inputs
 from tests.components.test_pretrain import Recorder, elsewhere
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow]
 
 STEPS = 120
 SETTINGS = config(tokens=64 * STEPS, checkpoints_saved=20, tokens_per_forward=16, workers=2)

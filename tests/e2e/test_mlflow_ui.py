@@ -22,7 +22,7 @@ from ling_flow.flow.promotion import Registry
 from ling_flow.flow.stack import Stack
 from tests.own_stack import own_stack
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e]
 
 WAIT_SECONDS = 60
 OPTIONS = (

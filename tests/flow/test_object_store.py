@@ -18,7 +18,7 @@ from ling_flow.flow.artifact import ArtifactStore
 from ling_flow.flow.component import Model, Output, Resources, component
 from tests.flow.seaweed import BUCKET, S3
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("home")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
 FILES, FILE_BYTES = 40, 2_000_000
 AWAY_SECONDS = 20

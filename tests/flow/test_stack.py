@@ -84,7 +84,6 @@ def kill(daemon: Daemon) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 class TestServers:
     def test_all_answer_and_nothing_is_open_to_others(self, stack: Stack) -> None:
         assert {server.name: server.state for server in stack.status()} == dict.fromkeys(
