@@ -48,6 +48,19 @@ def ray_running(cpus: int | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_gpus(wanted: float) -> None:
+    """Ray waits for ever for what it will never have. A cluster of others may grow: only ours is known.
+
+    Raises:
+        UserError: a Ray of our own has fewer GPUs than one trial wants.
+    """
+    import ray
+
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if wanted > there and not os.environ.get("RAY_ADDRESS"):
+        raise UserError(f"gpus_per_trial: {wanted:g} wanted, but this machine has {there:g}; set RAY_ADDRESS, or fewer")
+
+
 def check_alive() -> None:
     """To be asked often by who waits for a Ray started here: Ray takes 10 s and longer to see that it is dead, and then
     ends this process with exit code 1.

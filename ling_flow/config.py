@@ -127,7 +127,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
         if not equals or not all(keys):
             raise UserError(f"--set {assignment}: expected name.path=value, for example pretrain_short.tokens=200000")
         try:
-            value = yaml.safe_load(text)
+            value = _load_yaml(text)
         except yaml.YAMLError:
             value = text
         if isinstance(value, str):
@@ -147,6 +147,17 @@ def _number(text: str) -> Any:
         return text
 
 
+def _load_yaml(text: str) -> Any:
+    """As JSON could hold it: what looks like a date is a text."""
+    import yaml
+
+    resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return yaml.load(text, type("Loader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": resolvers}))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML (or JSON) file that holds a mapping.
 
@@ -156,7 +167,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text())
+        data = _load_yaml(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

@@ -45,7 +45,7 @@ class Daemon:
             return False
         with self._file("lock").open("ab") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others may be looking at this moment
             except BlockingIOError:
                 return True
         return False
@@ -75,6 +75,7 @@ class Daemon:
             output.write(f"{_BEGIN} {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             output.flush()
             fcntl.flock(lock, fcntl.LOCK_EX)
+            self._file("pid").unlink(missing_ok=True)  # a predecessor's: by now it may be that of a stranger
             process = subprocess.Popen(
                 command,
                 env={**environment, _MARK: self._mark},

@@ -3,11 +3,16 @@
 Anything that is neither a `UserError` nor a `SystemFault` is a defect of ours and keeps its traceback (exit code 1).
 """
 
+from ling_flow.redact import redact
+
 
 class LingFlowError(Exception):
-    """Base of the errors that are reported in one line instead of a traceback."""
+    """Base of the errors that are reported in one line instead of a traceback. Its text shows no secret."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class UserError(LingFlowError):

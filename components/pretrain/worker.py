@@ -205,7 +205,7 @@ def train_stage(
         checkpoints=kept.window,
         milestones=kept.milestones,
     ).save(job.directory)
-    stage_tokens = sizes.before(settings.steps) * settings.sequence_length
+    stage_tokens = run.state.sequences * settings.sequence_length
     return PretrainResult(
         validation_loss=loss,
         tokens_per_second=stage_tokens / run.state.seconds,

@@ -71,7 +71,7 @@ def wind_tunnel(
     if finished:
         step.log(f"{len(finished)} of {len(specs)} trials were finished before")
 
-    from components.ray_cluster import ray_running
+    from components.ray_cluster import check_gpus, ray_running
     from components.wind_tunnel.sweep import Task, run_tasks
 
     def on_done(result: TrialResult) -> None:
@@ -87,6 +87,7 @@ def wind_tunnel(
     started = time.monotonic()
     if tasks:
         with ray_running(config.workers):
+            check_gpus(config.gpus_per_trial)
             run_tasks(tasks, on_done, config.gpus_per_trial)
         step.log(f"{len(tasks)} trials in {time.monotonic() - started:.0f} s")
     results = [finished[key] for key in fingerprints]

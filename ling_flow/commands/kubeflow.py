@@ -129,7 +129,7 @@ def _server(host: str | None, profile: Profile | None) -> Kubeflow:
     url = host or (profile.kfp.host if profile else None)
     if not url:
         raise UserError("--host: no server is named; give --host URL, KFP_HOST or the profile's kfp.host")
-    return Kubeflow(url, profile.kfp.namespace if profile else None, os.environ.get(TOKEN))
+    return Kubeflow(url, profile.kfp.namespace if profile else None, (os.environ.get(TOKEN) or "").strip() or None)
 
 
 def _follow(server: Kubeflow, run: Run) -> Run:

@@ -22,6 +22,8 @@ def promote(name: str, version: int, force: str | None, as_json: bool) -> None:
     from ling_flow.flow.context import Context
     from ling_flow.flow.promotion import Registry
 
+    if force is not None and not force.strip():
+        raise UserError("--force: give the reason, which is recorded")
     registry = Registry.of(Context.from_environment())
     found = registry.version(name, version)
     if found is None:

@@ -51,11 +51,11 @@ class Batch(NamedTuple):
             for first in range(0, len(self.tokens), rows)
         ]
 
-    def targets(self) -> int:
-        """Tokens that are predicted: those whose predecessor is in the same document."""
+    def targets(self, ahead: int = 1) -> int:
+        """Tokens that are predicted from the one `ahead` places before them: where it is in the same document."""
         if self.documents is None:
-            return self.tokens[:, 1:].numel()
-        same = (self.documents[:, 1:] == self.documents[:, :-1]) & (self.documents[:, 1:] != PADDING)
+            return self.tokens[:, ahead:].numel()
+        same = (self.documents[:, ahead:] == self.documents[:, :-ahead]) & (self.documents[:, ahead:] != PADDING)
         return int(same.sum())
 
 

@@ -9,6 +9,7 @@ from itertools import islice, pairwise
 from ling_flow.data.documents import documents
 from ling_flow.data.filters import Decontamination
 from ling_flow.data.reasoning import problem_stream
+from ling_flow.errors import UserError
 
 WORD = re.compile(r"\w+|[^\w\s]")
 SHORTEST = 3
@@ -51,12 +52,15 @@ def evaluation_ngrams(settings: Decontamination) -> EvaluationNgrams:
     """The n-grams of all evaluation sets that `settings` names.
 
     Raises:
-        UserError: a file is missing or malformed.
+        UserError: a file is missing or malformed, or holds nothing to look for.
     """
     texts: list[str] = []
     if settings.tasks:
         held_out = problem_stream(settings.tasks, str(settings.seed), "held_out")
         texts += [problem.question for problem in islice(held_out, settings.problems)]
     for source in settings.files:
-        texts += documents(source, settings.seed)
+        found = list(documents(source, settings.seed))
+        if not EvaluationNgrams(found, settings.ngram).ngrams:
+            raise UserError(f"filters.decontamination.files: {source.name} has no text of {SHORTEST} words or more")
+        texts += found
     return EvaluationNgrams(texts, settings.ngram)

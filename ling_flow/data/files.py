@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ling_flow.data.sources import FilesSource
-from ling_flow.errors import UserError
+from ling_flow.errors import LingFlowError, SystemFault, UserError
 
 DOCUMENT_CHARACTERS = 4000
 """Texts longer than this are split at blank lines."""
@@ -41,7 +41,7 @@ class Reading:
 def split_text(text: str) -> Iterator[str]:
     """Pieces of about `DOCUMENT_CHARACTERS`, cut where a blank line is followed by a line that is not indented."""
     piece = ""
-    for block in re.split(r"\n\s*\n(?=\S)", text):
+    for block in _blocks(text):
         if piece and len(piece) + len(block) > DOCUMENT_CHARACTERS:
             yield piece
             piece = block
@@ -50,25 +50,46 @@ def split_text(text: str) -> Iterator[str]:
     yield piece
 
 
+def _blocks(text: str) -> Iterator[str]:
+    """`text` cut at blank lines before lines that are not indented. By runs of white space, which each are looked at
+    once: one expression for it all would try every line of a long run as its beginning."""
+    begin = 0
+    for run in re.finditer(r"\n\s*", text):
+        space = run.group()
+        if space.endswith("\n") and len(space) > 1 and run.end() < len(text):
+            yield text[begin : run.start()]
+            begin = run.end()
+    yield text[begin:]
+
+
 def file_documents(source: FilesSource, reading: Reading) -> Iterator[str]:
     """The documents of all files, in their order."""
     readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, "arrow": _read_arrow}
     paths = _resolve(source)
     for number, path in enumerate(paths):
         size = _size(path)
-        with _open(path) as stream:
-            for text in readers[_format(source, path)](stream, path, source.text_field):
-                # Parquet starts with its end, the footer: never more than the whole of a file, and never less again.
-                reading.reached((number + min(stream.tell() / size, 1) if size else number) / len(paths))
-                yield text
+        try:
+            with _open(path) as stream:
+                for text in readers[_format(source, path)](stream, path, source.text_field):
+                    # Parquet starts with its end, the footer: never more than the whole file, and never less again.
+                    reading.reached((number + min(stream.tell() / size, 1) if size else number) / len(paths))
+                    yield text
+        except LingFlowError:
+            raise
+        except Exception as error:
+            raise _named(error, path) from None
 
 
 def files_digest(source: FilesSource) -> str:
     """SHA-256 over the formats and contents of all files, in their order."""
     whole = hashlib.sha256()
     for path in _resolve(source):
-        with _open(path) as stream:
-            whole.update(f"{_format(source, path)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        try:
+            with _open(path) as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except Exception as error:
+            raise _named(error, path) from None
+        whole.update(f"{_format(source, path)} {digest}\n".encode())
     return whole.hexdigest()
 
 
@@ -88,16 +109,16 @@ def _resolve(source: FilesSource) -> list[str]:
                 matches = [file for folder in folders for file in _dataset_files(filesystem, folder, source.split)]
             else:
                 matches = [match for match in named if filesystem.isfile(match)]
+            if not matches:
+                thing = "directory" if source.format == "hf_dataset" else "file"
+                what = f"no {thing} matches this pattern" if is_pattern else f"no such {thing}"
+                if thing == "file" and not is_pattern and filesystem.isdir(local):
+                    what = "is a directory; give a pattern such as *.parquet, or format hf_dataset"
+                raise UserError(what)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        except (ImportError, ValueError, OSError) as error:
-            raise UserError(f"{where}: {error}") from None
-        if not matches:
-            thing = "directory" if source.format == "hf_dataset" else "file"
-            what = f"no {thing} matches this pattern" if is_pattern else f"no such {thing}"
-            if thing == "file" and not is_pattern and filesystem.isdir(local):
-                what = "is a directory; give a pattern such as *.parquet, or format hf_dataset"
-            raise UserError(f"{where}: {what}")
+        except Exception as error:
+            raise _named(error, where) from None
         found += [filesystem.unstrip_protocol(match) if "://" in path else match for match in matches]
     return found
 
@@ -164,10 +185,19 @@ def _hub_files(filesystem: Any, folder: str, split: str) -> list[str]:
 def _open(path: str) -> Any:
     import fsspec
 
-    try:
-        return fsspec.open(path, "rb").open()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return fsspec.open(path, "rb").open()
+
+
+def _named(error: Exception, where: str) -> Exception:
+    """What a file or a store says, as one line of a kind; a defect of ours as it is. Every store has its own errors."""
+    remote = "://" in where
+    if not remote and not isinstance(error, OSError | ImportError | ValueError):
+        return error
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    wrong = FileNotFoundError | PermissionError | IsADirectoryError | ImportError | ValueError
+    if remote and not isinstance(error, wrong) and "Credentials" not in type(error).__name__:
+        return SystemFault(f"{where}: cannot be read ({reason}); run again when the store answers")
+    return UserError(f"{where}: cannot be read ({reason})")
 
 
 def _size(path: str) -> int:
@@ -205,7 +235,7 @@ def _read_jsonl(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:  # bad JSON, or bytes that are not UTF-8
+        except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are not UTF-8, or too deep
             raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
@@ -223,8 +253,8 @@ def _read_parquet(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
         _require_column(table.schema_arrow.names, path, field)
         columns = (batch.column(0) for batch in table.iter_batches(columns=[field]))
         yield from _column_texts(columns, path, field)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a whole parquet file ({' '.join(str(error).split())})") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a whole parquet file of UTF-8 texts ({' '.join(str(error).split())})") from None
 
 
 def _read_arrow(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
@@ -234,8 +264,8 @@ def _read_arrow(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
         batches = pyarrow.ipc.open_stream(stream)
         _require_column(batches.schema.names, path, field)
         yield from _column_texts((batch.column(field) for batch in batches), path, field)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a whole Arrow stream ({' '.join(str(error).split())})") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a whole Arrow stream of UTF-8 texts ({' '.join(str(error).split())})") from None
 
 
 def _require_column(names: list[str], path: str, field: str) -> None:

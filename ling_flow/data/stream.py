@@ -7,6 +7,7 @@ read in: a later stage with longer sequences sees none of an epoch again.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 from typing import NamedTuple
@@ -106,6 +107,7 @@ class PackedDocuments:
     ) -> None:
         self._tokens, self._offsets, self._key, self._length = tokens, np.asarray(offsets), key, length
         self._epoch = functools.lru_cache(maxsize=2)(self._packed)
+        self._ends = [0]  # rows before each epoch whose rows have been counted, and after the last of them
 
     def _packed(self, epoch: int) -> list[list[tuple[int, int]]]:
         """Rows, each a list of (begin, end) in the tokens."""
@@ -123,9 +125,10 @@ class PackedDocuments:
 
     def row(self, number: int) -> Row:
         """Row `number` of `length` tokens, counted over all epochs; the end is padded."""
-        epoch = 0
-        while number >= len(self._epoch(epoch)):
-            number, epoch = number - len(self._epoch(epoch)), epoch + 1
+        while number >= self._ends[-1]:
+            self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends) - 1)))
+        epoch = bisect.bisect_right(self._ends, number) - 1
+        number -= self._ends[epoch]
         tokens = np.zeros(self._length, dtype=np.int64)
         documents = np.full(self._length, PADDING, dtype=np.int64)
         filled = 0

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from ling_flow.config import identity_of, parse
-from ling_flow.errors import SystemFault, UserError
+from ling_flow.errors import LingFlowError, SystemFault, UserError
 from ling_flow.flow.artifact import ArtifactStore, Manifest
 from ling_flow.flow.component import Component
 from ling_flow.flow.identity import code_version, fingerprint
@@ -90,11 +91,25 @@ def _load_module(name: str) -> Any:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module  # KFP reads a function's source through its module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except LingFlowError:
+            raise
+        except Exception as error:
+            reason = f"{_where(error, path)}{type(error).__name__}: {error}"
+            raise UserError(f"{name}: cannot be imported ({reason})") from None
         return module
     if not re.fullmatch(r"\w+", name) or importlib.util.find_spec(f"dags.{name}") is None:
         raise UserError(f"DAG {name!r}: not found; known: {', '.join(known_dags())}, or a path to a .py file")
     return importlib.import_module(f"dags.{name}")
+
+
+def _where(error: Exception, path: Path) -> str:
+    """The line of the file that an error came from."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    for frame in traceback.extract_tb(error.__traceback__):
+        line = frame.lineno if Path(frame.filename) == path else line
+    return f"line {line}: " if line else ""
 
 
 def known_dags() -> list[str]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from ling_flow.redact import redact
+
 Status = Literal["ok", "warning", "failed"]
 
 PACKAGES = (
@@ -37,6 +39,9 @@ class Check:
     status: Status
     found: str
     advice: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "found", redact(self.found))
 
 
 def examine(home: Path, tracking_uri: str) -> list[Check]:
@@ -142,11 +147,11 @@ def _tracking(uri: str) -> Check:
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
         return Check("tracking", "ok", uri)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
         with socket.create_connection((parts.hostname or "", port), timeout=2):
             return Check("tracking", "ok", uri)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no port can be read
         return Check("tracking", "failed", f"{uri}: {error}", "start the MLflow server or unset MLFLOW_TRACKING_URI")
 
 

@@ -19,6 +19,7 @@ import traceback
 from typing import Any
 
 from ling_flow.errors import LingFlowError, RemoteDefect, SystemFault, UserError
+from ling_flow.redact import redact
 
 _FILE_INTERVAL = 0.2  # seconds between two progress events of a step in the event file
 _HUMAN_INTERVAL = 2.0  # seconds between two progress lines of a step for a person
@@ -32,6 +33,8 @@ def emit(event: str, /, *, step: str, **payload: Any) -> None:
     Never fails: a full disk under the event file must not end a training run.
     """
     path = os.environ.get("LING_FLOW_EVENTS")
+    if event == "log":
+        payload["text"] = redact(payload["text"])
     if event == "progress" and _too_soon(step, payload, _HUMAN_INTERVAL if path in (None, "", "-") else _FILE_INTERVAL):
         return
     if not path:
@@ -61,8 +64,8 @@ def report_failure(step: str, error: BaseException) -> int:
         trace = error.traceback if isinstance(error, RemoteDefect) else ""
     else:
         kind, code = "defect", 1
-        message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        trace = "".join(traceback.format_exception(error))
+        message = redact(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+        trace = redact("".join(traceback.format_exception(error)))
     emit("error", step=step, kind=kind, message=message, **({"traceback": trace} if trace else {}))
     print(f"{trace}error: {message}", file=sys.stderr, flush=True)
     return code

@@ -34,6 +34,7 @@ def fingerprint(component: str, version: int, config: BaseModel, inputs: Mapping
     """
     identity = {"component": component, "version": version, "config": identity_of(config), "inputs": dict(inputs)}
     try:
+        canonical_json(config.model_dump(mode="json"))  # what bears no identity is written down, too
         text = canonical_json(identity)
     except ValueError:
         raise UserError(f"{component}: the config holds inf or nan; all its numbers must be finite") from None

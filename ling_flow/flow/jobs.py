@@ -20,7 +20,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ling_flow.config import canonical_json, parse
 from ling_flow.errors import LingFlowError, RemoteDefect, SystemFault, UserError
@@ -29,6 +28,7 @@ from ling_flow.flow.component import Resources
 from ling_flow.flow.context import Context, RunOn
 from ling_flow.flow.identity import code_version
 from ling_flow.flow.job_settings import JobSettings
+from ling_flow.redact import has_password
 
 if TYPE_CHECKING:
     from ling_flow.flow.step import Identified, Outcome
@@ -235,7 +235,7 @@ def failure(ended: Ended, output: JobOutput) -> LingFlowError:
 def _sent(environment: Mapping[str, str]) -> dict[str, str]:
     sent = {name: environment[name] for name in SENT if environment.get(name)}
     for name, value in sent.items():
-        if "://" in value and urlsplit(value).password:
+        if has_password(value):
             raise UserError(
                 f"{name}: holds a password, which would be readable in the job's command; leave it out and give "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to the cluster"

@@ -17,6 +17,7 @@ import os
 import pkgutil
 import re
 import signal
+import sys
 import textwrap
 import threading
 import time
@@ -76,12 +77,14 @@ def load_component(entry_point: str) -> Component:
     from ling_flow.flow.component import Component
 
     module_name, _, name = entry_point.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
+        raise UserError(f"{entry_point}: expected MODULE:NAME, like components.pretrain:pretrain")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a component of one's own
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{entry_point}: no module called {error.name}; is the working directory the repository?"
-        ) from None
+        raise UserError(f"{entry_point}: no module called {error.name}, here or among those installed") from None
     found = getattr(module, name, None)
     if not isinstance(found, Component):
         raise UserError(f"{entry_point}: module {module_name} declares no component '{name}'")

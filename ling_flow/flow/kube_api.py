@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ling_flow.errors import LingFlowError, SystemFault, UserError
 from ling_flow.flow.kuberay import API_VERSION, Owner
 
@@ -35,7 +37,7 @@ class Kubernetes:
             else:
                 # The package reads KUBECONFIG when it is imported, which may be long ago.
                 config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration)
-        except (config.ConfigException, OSError) as error:
+        except (config.ConfigException, yaml.YAMLError, OSError) as error:
             raise UserError(f"KUBECONFIG: no way to a cluster ({' '.join(str(error).split())})") from None
         configuration.retries = False  # ours are by the clock
         self._api = client.CustomObjectsApi(client.ApiClient(configuration))

@@ -113,10 +113,21 @@ def _project_components() -> list[Component]:
     return [load_component(f"components.{name}:{name}") for name in component_names()]
 
 
+def _kfp_kubernetes() -> Any:
+    """
+    Raises:
+        UserError: the package is not there.
+    """
+    try:
+        from kfp import kubernetes
+    except ImportError:
+        raise UserError("--profile: needs the package kfp-kubernetes; pip install 'ling-flow[kubeflow]'") from None
+    return kubernetes
+
+
 def _place(task: Any, profile: Profile, settings: StepSettings) -> None:
     """Everything but retries, which an exit task must not have."""
-    from kfp import kubernetes
-
+    kubernetes = _kfp_kubernetes()
     task.set_container_image(settings.image)
     task.set_caching_options(False)  # steps are served by their own fingerprints
     resources = profile.pod_resources(settings)

@@ -33,14 +33,16 @@ def run(job: Job, settings: JobSettings, output: JobOutput) -> Ended:
     """
     api = Kubernetes()
     namespace = settings.cluster.namespace or own_namespace()
-    name = submit(api, job, namespace, settings)
-    where = f"RayJob {namespace}/{name}"
+    name = None
     try:
-        return follow(api, namespace, name, where, settings, output)
+        name = submit(api, job, namespace, settings)
+        return follow(api, namespace, name, f"RayJob {namespace}/{name}", settings, output)
     except BaseException as error:
         if not isinstance(error, Exception):  # told to end
-            events.emit("log", step=job.label, text=f"stopping {where}")
-            stop(api, namespace, name)
+            name = name or _under_way(api, job, namespace)  # its creation may have reached the server
+            if name is not None:
+                events.emit("log", step=job.label, text=f"stopping RayJob {namespace}/{name}")
+                stop(api, namespace, name)
         raise
 
 
@@ -62,12 +64,27 @@ def submit(api: Kubernetes, job: Job, namespace: str, settings: JobSettings) -> 
             if api.create(RAY_JOBS, namespace, manifest):
                 return name
             continue  # another launcher was faster; look again
-        ours = there["metadata"].get("annotations", {}).get(FINGERPRINT) == job.fingerprint
-        going = "deletionTimestamp" in there["metadata"]
-        if ours and not going and _ended(name, there) is None:
+        if _lives(there, job, name):
             events.emit("log", step=job.label, text=f"attaching to RayJob {namespace}/{name}")
             return name
         attempt += 1
+
+
+def _lives(there: dict[str, Any], job: Job, name: str) -> bool:
+    """Whether a RayJob is an attempt of ours that has not ended."""
+    ours = there["metadata"].get("annotations", {}).get(FINGERPRINT) == job.fingerprint
+    return ours and "deletionTimestamp" not in there["metadata"] and _ended(name, there) is None
+
+
+def _under_way(api: Kubernetes, job: Job, namespace: str) -> str | None:
+    """The attempt that has not ended."""
+    attempt = 1
+    with contextlib.suppress(Exception):
+        while (there := api.get(RAY_JOBS, namespace, job.name(attempt))) is not None:
+            if _lives(there, job, job.name(attempt)):
+                return job.name(attempt)
+            attempt += 1
+    return None
 
 
 def follow(api: Kubernetes, namespace: str, name: str, where: str, settings: JobSettings, output: JobOutput) -> Ended:

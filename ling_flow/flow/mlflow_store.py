@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ling_flow.errors import SystemFault
+from ling_flow.errors import SystemFault, UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,6 +31,7 @@ _PARAM_LIMIT = 6000  # characters of a run parameter; MLflow cuts off the rest
 _TAG_LIMIT = 5000  # characters of a run tag
 _PARAMS_PER_CALL = 100
 _SETTLE_SECONDS = 2.0  # longer than it takes from looking for a run to having made one
+REFUSED = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "IO_ERROR")
 
 
@@ -100,14 +101,30 @@ def settled(call: Callable[..., object], *arguments: str) -> None:
 
 @contextmanager
 def reaching(tracking_uri: str) -> Iterator[None]:
-    """Turn "the store is away" into a SystemFault that names the store."""
+    """
+    Raises:
+        SystemFault: the store is away or busy.
+        UserError: it refuses; the message names the variables.
+    """
     try:
         yield
     except Exception as error:
-        if not passing(error):
-            raise
+        from mlflow.exceptions import MlflowException
+
         reason = " ".join(str(error).split())[:200]
-        raise SystemFault(f"tracking store {tracking_uri} cannot be used ({reason})") from error
+        if passing(error):
+            raise SystemFault(f"tracking store {tracking_uri} cannot be used ({reason})") from error
+        if not isinstance(error, MlflowException):
+            raise
+        if error.error_code in REFUSED:
+            raise UserError(
+                f"MLFLOW_TRACKING_URI {tracking_uri}: refuses the credentials; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to valid ones"
+            ) from None
+        if error.error_code == "PERMISSION_DENIED":
+            user = os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
+            raise UserError(f"MLFLOW_TRACKING_URI {tracking_uri}: {user} may not do that there ({reason})") from None
+        raise UserError(f"MLFLOW_TRACKING_URI {tracking_uri}: refuses ({reason})") from None
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:

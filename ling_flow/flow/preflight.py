@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 
-from ling_flow.errors import UserError
+from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow import mlflow_store as store
 from ling_flow.flow.artifact import ArtifactStore
 from ling_flow.flow.context import Context
+from ling_flow.redact import redact
 
 _KEYS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL",
@@ -37,20 +37,10 @@ def _check_tracking(uri: str | None) -> str | None:
     if uri is None or not uri.startswith(("http://", "https://")):
         return None
     try:
-        store.connect(uri).search_experiments(max_results=1)
-    except Exception as error:
-        code = getattr(error, "error_code", None)
-        if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
-            raise UserError(
-                f"MLFLOW_TRACKING_URI {uri}: refuses the credentials; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to valid ones"
-            ) from None
-        if code == "PERMISSION_DENIED":
-            user = os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
-            raise UserError(f"MLFLOW_TRACKING_URI {uri}: {user} may not read experiments there") from None
-        if not store.passing(error):
-            raise UserError(f"MLFLOW_TRACKING_URI {uri}: {' '.join(str(error).split())[:200]}") from None
-        return f"tracking store {uri} does not answer: what a run tells it is kept, and sent when it is back"
+        with store.reaching(uri):
+            store.connect(uri).search_experiments(max_results=1)
+    except SystemFault:
+        return redact(f"tracking store {uri} does not answer: what a run tells it is kept, and sent when it is back")
     return None
 
 

@@ -18,9 +18,11 @@ from ling_flow.errors import UserError
 from ling_flow.flow.component import Component, Resources
 from ling_flow.flow.context import RunOn
 from ling_flow.flow.job_settings import ClaimMount, JobSettings, SecretEnv
+from ling_flow.redact import has_password, secret_name
 
 SCRATCH = "/scratch"  # where a step's home is
 LAUNCHER = Resources(cpus=0.5, memory_gib=1)  # of a pod that only starts a Ray job and waits for it
+_SECRETS = "keep it in a Kubernetes secret and name that under secrets"
 _RESERVED = ("LING_FLOW_", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "RAY_ADDRESS")
 
 
@@ -188,8 +190,15 @@ def _check(profile: Profile, path: Path) -> None:
         parse(StepSettings, own, where)  # for an error that names the component's own field
         merged = merge(profile.steps.model_dump(mode="json", exclude_unset=True), own)
         layers[f"components.{name}"] = parse(StepSettings, merged, where)
+    for name in ("mlflow", "artifacts"):
+        if has_password(getattr(profile, name) or ""):
+            raise UserError(
+                f"{path}.{name}: user and password would be readable by all who see the pipeline; {_SECRETS}"
+            )
     for layer, settings in layers.items():
         where = f"{path}.{layer}"
+        if has_password(settings.ray_address or ""):
+            raise UserError(f"{where}.ray_address: user and password would be readable by all; {_SECRETS}")
         _check_variables(settings, where)
         if settings.run_on == "ray-job" and not settings.ray_address:
             raise UserError(f"{where}.ray_address: is needed with run_on: ray-job, like http://HOST:8265")
@@ -207,11 +216,14 @@ def _check(profile: Profile, path: Path) -> None:
 
 def _check_variables(settings: StepSettings, where: str) -> None:
     secret = {one.env for one in settings.secrets}
-    for name in settings.env:
-        if name.startswith(_RESERVED):
-            raise UserError(f"{where}.env.{name}: is set by the profile's own fields")
-        if name in secret:
-            raise UserError(f"{where}.env.{name}: comes from a secret already")
+    for field, given in (("env", settings.env), ("job.env", settings.job.env)):
+        for name, value in given.items():
+            if name.startswith(_RESERVED):
+                raise UserError(f"{where}.{field}.{name}: is set by the profile's own fields")
+            if name in secret:
+                raise UserError(f"{where}.{field}.{name}: comes from a secret already")
+            if secret_name(name) or has_password(value):
+                raise UserError(f"{where}.{field}.{name}: would be readable by all who see the pipeline; {_SECRETS}")
 
 
 def _on_volume(directory: str, volumes: Iterable[ClaimMount]) -> bool:

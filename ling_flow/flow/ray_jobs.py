@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shlex
 import sys
 import threading
@@ -57,8 +58,12 @@ def job_server(environment: Any = os.environ) -> str:
         UserError: RAY_ADDRESS is missing or not the address of a job server.
     """
     address = environment.get("RAY_ADDRESS") or ""
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme in ("http", "https") and parts.hostname
+    except ValueError:  # brackets that are no IPv6 address
+        good = False
+    if not good:
         found = f"got '{address}'" if address else "it is not set"
         raise UserError(f"RAY_ADDRESS: must be the URL of a Ray job server, like http://HOST:8265; {found}")
     return address.rstrip("/")
@@ -105,6 +110,8 @@ def submit(client: Any, job: Job, settings: JobSettings) -> str:
                 _send(client, name, job, settings)
                 return name
         except (RuntimeError, ValueError, OSError) as error:  # the client's own, and those of the connection
+            if _refuses(client, name, error):
+                raise UserError(f"RAY_ADDRESS: {client.get_address()} refuses the job ({_reason(error)})") from None
             # Another launcher was faster and has the id; or the head has just started.
             if time.monotonic() > until:
                 raise _named(error, client.get_address()) from None
@@ -114,6 +121,16 @@ def submit(client: Any, job: Job, settings: JobSettings) -> str:
             events.emit("log", step=job.label, text=f"attaching to job {name}")
             return name
         attempt += 1
+
+
+def _refuses(client: Any, name: str, error: Exception) -> bool:
+    """Whether the server wants no such job (an invalid one, too large an upload), and always will."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not re.search("status code 4[0-9][0-9]|exceeds the maximum size", text):
+        return False
+    with contextlib.suppress(Exception):
+        return _state(client, name) is None  # else another launcher was faster
+    return False
 
 
 def _send(client: Any, name: str, job: Job, settings: JobSettings) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pwd
@@ -19,11 +20,11 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 from ling_flow.config import StrictModel, parse
 from ling_flow.daemon import Daemon, as_account
@@ -49,6 +50,9 @@ from ling_flow.flow.stack_settings import (
 )
 from ling_flow.ports import claim_port
 
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
+
 FIRST_PORT = 15400
 START_SECONDS = 180.0  # MLflow makes its tables; on a busy machine that takes long
 _MASTER_SLOTS = ("master", "volume", "filer", "s3")
@@ -63,6 +67,22 @@ class ServerStatus(StrictModel):
     log: str
 
 
+def _in_one_line(method: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """What the system says of the stack's files, as an error of a kind."""
+
+    @functools.wraps(method)
+    def told(*arguments: Given.args, **named: Given.kwargs) -> Returned:
+        try:
+            return method(*arguments, **named)
+        except PermissionError as error:
+            text = "belongs to another user: act as that one, or name another home by LING_FLOW_HOME"
+            raise UserError(f"{error.filename or 'the stack'}: {text}") from None
+        except OSError as error:
+            raise SystemFault(f"{error.filename or 'the stack'}: cannot be used ({error.strerror or error})") from None
+
+    return told
+
+
 class Stack:
     """The stack whose directory is `directory`."""
 
@@ -73,6 +93,7 @@ class Stack:
         self.mlflow = Daemon("mlflow", self.directory)
         self.env_file = self.directory / "env"
 
+    @_in_one_line
     def up(self) -> None:
         """Start what does not run, and wait until all answer. What runs is left alone.
 
@@ -100,6 +121,7 @@ class Stack:
             self._start_mlflow(record.ports, secrets_)
             self._write("env", env_text(record.ports, secrets_))
 
+    @_in_one_line
     def down(self) -> list[str]:
         """Stop the servers, those that need others first; names of those that ran. Data stays."""
         if self._record() is None:
@@ -113,6 +135,7 @@ class Stack:
                 stopped = first + list(pool.map(Daemon.stop, (self.s3, self.postgres)))
             return [name for name, was in zip(("mlflow", "s3", "postgres"), stopped, strict=True) if was]
 
+    @_in_one_line
     def status(self) -> list[ServerStatus]:
         """The servers, as they are now; empty where there never was a stack."""
         record = self._record()
@@ -133,6 +156,7 @@ class Stack:
             found.append(ServerStatus(name=daemon.name, state=state, url=url, log=str(daemon.log)))
         return found
 
+    @_in_one_line
     def environment(self) -> dict[str, str]:
         """The variables that lead to the stack.
 
@@ -254,11 +278,15 @@ class Stack:
         """A file of ours, whole or not at all, for its owner only."""
         path = self.directory / name
         temporary = path.with_name(f"{name}.{os.getpid()}.partial")
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

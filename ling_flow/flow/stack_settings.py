@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
+from typing import Annotated
 
 from pydantic import Field
 
@@ -17,13 +18,16 @@ ARTIFACTS_BUCKET, MLFLOW_BUCKET = "ling-flow", "mlflow"
 REGION = "us-east-1"
 
 
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
 class Ports(StrictModel):
     """TCP ports on 127.0.0.1, chosen once. Each of the object store's four has a second one, where it speaks gRPC."""
 
-    postgres: int
-    mlflow: int
-    s3: int
-    s3_inner: tuple[int, ...]
+    postgres: Port
+    mlflow: Port
+    s3: Port
+    s3_inner: tuple[Port, ...] = Field(min_length=7, max_length=7)
 
 
 class Record(StrictModel):

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ling_flow.errors import SystemFault
+from ling_flow.errors import LingFlowError
 from ling_flow.flow import events, identity
 from ling_flow.flow import mlflow_store as store
 from ling_flow.flow.context import Context
@@ -249,7 +249,7 @@ def start_dag_run(
             run = store.create_run(client, experiment, name, all_tags, None, store.now_ms())
             store.log_config(client, run, {"preset": preset, **overrides})
             return run
-    except SystemFault as error:
+    except LingFlowError as error:
         events.emit("log", step=name, text=f"{error}; this run is not recorded")
         return None
 
@@ -260,7 +260,7 @@ def finish_dag_run(tracking_uri: str, run_id: str, status: str) -> None:
         with store.reaching(tracking_uri):
             client = store.connect(tracking_uri)
             _close_tree(client, run_id, status)
-    except SystemFault as error:
+    except LingFlowError as error:
         events.emit("log", step="tracking", text=f"{error}; the run of this DAG stays open there")
 
 
@@ -314,7 +314,7 @@ def record_cached(
             store.log_result(client, run, result)
             store.log_result(client, parent_run_id, result, f"{label}.")
             client.set_terminated(run, "FINISHED")
-    except SystemFault as error:
+    except LingFlowError as error:
         events.emit("log", step=label, text=f"{error}; the cached step is not recorded")
 
 

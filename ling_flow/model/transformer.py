@@ -7,6 +7,7 @@ Shapes: B batch, S sequence, T = B·S tokens, D hidden, V vocabulary, E experts,
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -212,6 +213,7 @@ class BailingMoeV2ForCausalLM(nn.Module):
         mask_BS: Tensor | None = None,
         documents_BS1: Tensor | None = None,
         router_loss: RouterLoss | None = None,
+        of_targets: Sequence[int] | None = None,
     ) -> LossOutput:
         """Next-token loss of rows of S+1 tokens, plus that of the MTP layers, each a mean over its valid targets.
 
@@ -222,6 +224,9 @@ class BailingMoeV2ForCausalLM(nn.Module):
                 row do not see each other, positions start again with each, no token is predicted from another
                 document, and padding is left out of the routers' counts. None: each row is one document.
             router_loss: losses on the routers; None: none.
+            of_targets: of a batch that these rows are a part of, the valid targets of the next token and of each MTP
+                layer. All losses are then this part's share of the batch's means (that of the routers by the first of
+                them), and those of all parts add up to it. None: these rows are all.
 
         Raises:
             UserError: the sequence is longer than max_position_embeddings.
@@ -231,7 +236,10 @@ class BailingMoeV2ForCausalLM(nn.Module):
         h_BSD, router = self._trunk(tokens_BS1[:, :-1], shared)
         valid_BS = _valid(mask_BS, documents_BS1, 1)
         row_B = torch.empty(len(tokens_BS1), device=h_BSD.device)
-        cross_entropy = self._cross_entropy(h_BSD, tokens_BS1[:, 1:], valid_BS, row_B)
+        of_targets = of_targets or [0] * (1 + self.config.num_nextn_predict_layers)  # 0: those given
+        cross_entropy = self._cross_entropy(h_BSD, tokens_BS1[:, 1:], valid_BS, of_targets[0], row_B)
+        given = tokens_BS1[:, 1:].numel() if valid_BS is None else int(valid_BS.sum())
+        share = given / of_targets[0] if of_targets[0] else 1.0
         mtp_cross_entropy = torch.zeros_like(cross_entropy)
         for depth in range(1, min(self.config.num_nextn_predict_layers, length - 1) + 1):
             # The last `depth` positions have no target; attention is causal, so leaving them out changes nothing else.
@@ -249,7 +257,10 @@ class BailingMoeV2ForCausalLM(nn.Module):
             else:
                 h_BSD, report = layer.predict(h_BSD[:, :columns], embedding_BSD, shared)
             router = router + self._count(layer, report)
-            mtp_cross_entropy = mtp_cross_entropy + self._cross_entropy(h_BSD, tokens_BS1[:, depth + 1 :], valid_BS)
+            mtp_cross_entropy = mtp_cross_entropy + self._cross_entropy(
+                h_BSD, tokens_BS1[:, depth + 1 :], valid_BS, of_targets[depth]
+            )
+        router = router * share
         loss = cross_entropy + self.config.mtp_loss_scaling_factor * mtp_cross_entropy + router
         return LossOutput(loss, cross_entropy.detach(), mtp_cross_entropy.detach(), router.detach(), row_B)
 
@@ -281,11 +292,12 @@ class BailingMoeV2ForCausalLM(nn.Module):
         return logprobs_T.new_zeros(valid_BS.shape).masked_scatter(valid_BS, logprobs_T)
 
     def _cross_entropy(
-        self, h_BSD: Tensor, targets_BS: Tensor, mask_BS: Tensor | None, row_B: Tensor | None = None
+        self, h_BSD: Tensor, targets_BS: Tensor, mask_BS: Tensor | None, of: int = 0, row_B: Tensor | None = None
     ) -> Tensor:
         """Mean over the counted targets; 0 where there are none. The head is applied to the counted positions alone.
 
         Args:
+            of: divide by so many targets instead.
             row_B: filled with the mean of each row.
         """
         if mask_BS is None:
@@ -300,7 +312,7 @@ class BailingMoeV2ForCausalLM(nn.Module):
             else:
                 spread_BS = losses_T.new_zeros(mask_BS.shape).masked_scatter_(mask_BS, losses_T)
                 torch.div(spread_BS.sum(1), mask_BS.sum(1), out=row_B)
-        return loss / max(targets_T.numel(), 1)
+        return loss / max(of or targets_T.numel(), 1)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_position_embeddings:

@@ -16,15 +16,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
-from ling_flow.config import parse
+from ling_flow.config import StrictModel, parse
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.model.checkpoint_files import TensorSpec, write_tensors
 from ling_flow.model.config import ModelConfig
@@ -106,7 +108,7 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoints below `root`, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
 
 
 def latest_checkpoint(
@@ -132,18 +134,20 @@ def verify_checkpoint(directory: Path) -> None:
     """
     listing = directory / TRAINING_STATE / _FILES
     try:
-        files = json.loads(listing.read_text())
+        files = _LISTING.validate_json(listing.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{listing}: missing; training can only go on from a checkpoint with training state") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{listing}: damaged ({error.__class__.__name__})") from None
+    if not files.keys() >= _NEEDED or not any(name.startswith("model") for name in files):
+        raise UserError(f"{listing}: damaged (it does not list all files)")
     for name, expected in files.items():
         path = directory / name
         if not path.is_file():
             raise UserError(f"{path}: missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise UserError(f"{path}: damaged ({path.stat().st_size} bytes instead of {expected['bytes']})")
-        if _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != expected.bytes:
+            raise UserError(f"{path}: damaged ({path.stat().st_size} bytes instead of {expected.bytes})")
+        if _sha256(path) != expected.sha256:
             raise UserError(f"{path}: damaged (its SHA-256 is not the one written)")
 
 
@@ -177,8 +181,8 @@ def load_training_state(
             )
         in_8_bits = isinstance(optimizer, AdamW8bit) and optimizer.in_8_bits(parameter)
         on_cpu = {"step"} if in_8_bits else set()  # a number of the kernel's; the fused update has it on the device
-        optimizer.state[parameter] = {
-            key: value if key in on_cpu else value.to(parameter.device) for key, value in moments.items()
+        optimizer.state[parameter] = {  # copies: what was read is mapped, and would keep a removed file on the disk
+            key: value.to("cpu" if key in on_cpu else parameter.device, copy=True) for key, value in moments.items()
         }
     if tensors:
         raise UserError(f"{folder / _OPTIMIZER}: holds {min(tensors)}, which the model does not have")
@@ -199,6 +203,13 @@ def remove_checkpoint(directory: Path) -> None:
         shutil.rmtree(leftover)
 
 
+class _File(StrictModel):
+    bytes: int
+    sha256: str
+
+
+_LISTING = TypeAdapter(dict[str, _File])
+_NEEDED = {"config.json", f"{TRAINING_STATE}/{_OPTIMIZER}", f"{TRAINING_STATE}/{_STATE}"}
 _MOMENTS = ("step", *MOMENTS, "momentum_buffer")
 
 

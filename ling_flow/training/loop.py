@@ -184,13 +184,12 @@ def _accumulate(
     """Backward over this worker's rows of the batch in parts; the mean losses of the whole batch."""
     totals = torch.zeros(3, device=batch.tokens.device)
     rows: list[Tensor] = []
-    targets = batch.targets()
+    targets = [batch.targets(ahead + 1) for ahead in range(1 + model.config.num_nextn_predict_layers)]
     mine = workers.share(batch)
     for part in mine.split(sequences_per_forward or len(mine.tokens)):
-        share = part.targets() / max(targets, 1)  # a part's loss is a mean over its own targets
-        output = model.loss(part.tokens, documents_BS1=part.documents, router_loss=router_loss)
-        (output.loss * share).backward()
-        totals += torch.stack([output.loss.detach(), output.cross_entropy, output.mtp_cross_entropy]) * share
+        output = model.loss(part.tokens, documents_BS1=part.documents, router_loss=router_loss, of_targets=targets)
+        output.loss.backward()
+        totals += torch.stack([output.loss.detach(), output.cross_entropy, output.mtp_cross_entropy])
         rows.append(output.row_cross_entropy_B)
     by_source: dict[int, float] = {}
     if mine.sources is not None and batch.sources is not None:

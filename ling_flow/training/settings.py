@@ -112,6 +112,7 @@ class TrainingState(StrictModel):
     sequences: int = Field(ge=0, description="sequences drawn in this stage")
     drawn_before: dict[str, int] = Field(description="tokens of each source that were through when the stage began")
     drawn: dict[str, int] = Field(description="tokens of each source that are through so far, over all stages")
+    tokens_at: dict[int, int] = Field({}, description="`tokens` at each planned checkpoint of this stage, by its step")
     skipped_steps: int = Field(ge=0, description="steps of this stage without an update: spikes of loss or gradient")
     seconds: float = Field(ge=0, description="time spent in this stage's steps, seconds")
     load_violation: float = Field(

@@ -167,6 +167,9 @@ def run_stage(
     def checkpoint(step: int) -> None:
         saver.collect()
         stopping = workers.any(stop(), device)
+        if planned(step):
+            tokens_at = {**run.state.tokens_at, step: run.state.tokens}
+            run.state = run.state.model_copy(update={"tokens_at": tokens_at})
         if workers.rank == 0 and (stopping or planned(step) or clock.due()):
             saver.save(contents_of(run.model, run.optimizer, run.state))
             clock.saved()
@@ -248,10 +251,7 @@ def _begin(settings: StageSettings, step: int, tokens: int, drawn: dict[str, int
 
 def _entry(checkpoint: Path, end: TrainingState) -> CheckpointEntry:
     step = step_of(checkpoint)
-    sizes = batch_sizes(end.settings)
-    later = sizes.before(end.step - end.stage_start) - sizes.before(step - end.stage_start)
-    tokens = end.tokens - later * end.settings.sequence_length
-    return CheckpointEntry(directory=checkpoint.name, step=step, tokens=tokens)
+    return CheckpointEntry(directory=checkpoint.name, step=step, tokens=end.tokens_at[step])
 
 
 def _set_context(model: BailingMoeV2ForCausalLM, config: ModelConfig, source: Path) -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ling_flow.data.batches import Batches
+from ling_flow.data.batches import Batch, Batches
 from ling_flow.errors import SystemFault
 from ling_flow.model.config import RouterLoss
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
@@ -111,6 +111,30 @@ def test_accumulated_batch_equals_whole_batch(corpus):
     assert two[0].loss == pytest.approx(one[0].loss, rel=1e-6)
     assert two[0].gradient_norm == pytest.approx(one[0].gradient_norm, rel=1e-4)
     assert two[0].load_violation == one[0].load_violation
+
+
+class Documents:
+    """Rows of documents of very unequal length: the shares of next-token and of MTP targets differ from row to row."""
+
+    def batch(self, step):
+        tokens = torch.randint(288, (4, 33), generator=torch.Generator().manual_seed(step))
+        documents = torch.zeros(4, 33, dtype=torch.int64)
+        documents[1:3] = torch.arange(33) // 2
+        documents[3, 20:] = -1
+        return Batch(tokens, documents, torch.zeros(4, dtype=torch.int64))
+
+
+def test_parts_of_documents_of_unequal_length_add_up_to_the_whole_batch(corpus):
+    (whole, one), *parts = (
+        run(corpus, steps=1, batches=Documents(), sequences_per_forward=rows)
+        for rows in (None, 1, 2)
+    )
+    for model, found in parts:
+        for figure in ("loss", "cross_entropy", "mtp_cross_entropy"):
+            assert getattr(found[0], figure) == pytest.approx(getattr(one[0], figure), rel=1e-5)
+        assert found[0].gradient_norm == pytest.approx(one[0].gradient_norm, rel=1e-4)
+        mine, exact = model.model.layers[-1].eh_proj.weight.grad, whole.model.layers[-1].eh_proj.weight.grad
+        torch.testing.assert_close(mine, exact, rtol=1e-3, atol=1e-6)
 
 
 def test_a_checkpoint_may_follow_every_step(corpus):
