@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,7 +117,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
     """`["a.b=1", "a.c=x"]` → `{"a": {"b": 1, "c": "x"}}`; values are read as YAML, so numbers, lists and null work.
 
     Raises:
-        UserError: an assignment without `=` or with an empty name.
+        UserError: an assignment without `=`, with an empty name, or of a number that is not finite.
     """
     import yaml
 
@@ -132,6 +133,8 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
             value = text
         if isinstance(value, str):
             value = _number(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--set {assignment}: must be a finite number")
         leaf: Any = value
         for key in reversed(keys):
             leaf = {key: leaf}

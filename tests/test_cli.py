@@ -141,3 +141,25 @@ def test_convert_writes_fp8_and_refuses_a_full_directory(call: Call, tmp_path: P
     gone = call("convert", str(tmp_path / "gone"), str(tmp_path / "new"))
     assert (gone.code, (tmp_path / "new").exists()) == (2, False)
     assert "gone" in gone.err
+
+
+def test_what_looks_like_a_date_is_a_text(call: Call, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("register: {model_name: 2026-11-27}\n")
+    for options in (("--set", "register.model_name=2026-11-27"), ("--config", str(config))):
+        planned = call("plan", "--json", *options)
+        assert planned.code == 0, planned.err
+    refused = call("plan", "--set", "register.model_name=2026-13-45:")
+    assert refused.code == 2 and "Traceback" not in refused.err
+
+
+def test_numbers_that_are_none_are_refused_before_anything_runs(call: Call, tmp_path: Path) -> None:
+    given = "pretrain_short.failures_per_day=.inf"
+    refused = call("plan", "--set", given)
+    assert (refused.code, refused.err.strip()) == (2, f"error: --set {given}: must be a finite number")
+    config = tmp_path / "c.yaml"
+    config.write_text("pretrain_short: {failures_per_day: .nan}\n")
+    refused = call("plan", "--config", str(config))
+    assert refused.err.strip() == f"error: {config}: holds inf or nan; all numbers must be finite"
+    refused = call("--watts", "inf", "--config-json", "{}", module="components.pretrain")
+    assert refused.code == 2

@@ -1,5 +1,6 @@
 """Servers that outlive who started them, with real processes."""
 
+import fcntl
 import os
 import signal
 import sys
@@ -27,6 +28,21 @@ def test_a_daemon_that_was_killed_leaves_no_children(tmp_path: Path) -> None:
     while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+def test_two_who_look_do_not_see_each_other(tmp_path: Path) -> None:
+    daemon = Daemon("absent", tmp_path)
+    with (tmp_path / "absent.lock").open("ab") as another:
+        fcntl.flock(another, fcntl.LOCK_SH)  # as `running` holds it
+        assert not daemon.running()
+
+
+def test_the_record_of_a_predecessor_is_gone_before_the_next_one_starts(tmp_path: Path) -> None:
+    daemon = Daemon("sleeper", tmp_path)
+    (tmp_path / "sleeper.pid").write_text(f"{os.getpid()}\n")
+    with pytest.raises(FileNotFoundError):
+        daemon.start(["/nowhere/at/all"], {})
+    assert daemon.pid is None and daemon.stop() is False
 
 
 def test_what_it_said_as_it_ended_is_told_and_nothing_older(tmp_path: Path) -> None:

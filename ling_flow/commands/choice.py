@@ -46,7 +46,10 @@ def choose(
     given |= {name: value for name, value in {"preset": preset, "seed": seed}.items() if value is not None}
     overrides = merge(overrides, parse_overrides(assignments))
     if overrides:
-        given["overrides"] = json.dumps(overrides, sort_keys=True)
+        try:
+            given["overrides"] = json.dumps(overrides, sort_keys=True, allow_nan=False)
+        except ValueError:
+            raise UserError(f"{config_file}: holds inf or nan; all numbers must be finite") from None
     loaded = load_dag(dag)
     return loaded, pipeline_arguments(loaded, given)
 

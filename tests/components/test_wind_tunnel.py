@@ -12,7 +12,7 @@ import pytest
 
 from components import ray_cluster
 from components.prepare_data import PrepareDataConfig, prepare_data
-from components.ray_cluster import ray_running
+from components.ray_cluster import check_gpus, ray_running
 from components.wind_tunnel import WindTunnelConfig, wind_tunnel
 from components.wind_tunnel.sweep import Task, run_tasks
 from ling_flow.config import identity_of
@@ -150,6 +150,8 @@ def test_an_error_of_the_user_is_not_retried_and_a_ray_of_others_is_left_running
         raise UserError(f"{task.corpus_path}: damaged")
 
     with ray_running(cpus=1):
+        with pytest.raises(UserError, match=r"gpus_per_trial: 99 wanted, but this machine has"):
+            check_gpus(99)
         with ray_running(cpus=1), pytest.raises(UserError, match=r"^/.*: damaged$"):
             run_tasks(tasks(tmp_path)[:1], lambda result: None, function=refused)
         assert ray.is_initialized()

@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 from pydantic import TypeAdapter
+from s3fs import S3FileSystem
 
 from ling_flow.config import identity_of
 from ling_flow.data.chat import parse_completion
@@ -16,7 +17,7 @@ from ling_flow.data.documents import documents, is_rendered, pin
 from ling_flow.data.files import DOCUMENT_CHARACTERS, split_text
 from ling_flow.data.reasoning import TaskSpec, is_held_out
 from ling_flow.data.sources import FilesSource, ReasoningSource, Source, StdlibSource
-from ling_flow.errors import UserError
+from ling_flow.errors import SystemFault, UserError
 
 SUMS = [TaskSpec(name="chain_sum", difficulties=(1, 2, 3))]
 
@@ -72,6 +73,7 @@ def test_bounds(tmp_path: Path) -> None:
         ('{"text": "a"}\n["b"]', r"a\.jsonl:2: must be a JSON object, not list"),
         ('{"body": "a", "n": 1}', r"a\.jsonl:1: no field 'text'; it has body, n; set text_field"),
         ('{"text": 3}', r"a\.jsonl:1: field 'text' must be text, not int"),
+        ("[" * 200_000, r"a\.jsonl:1: not valid JSON"),
         (r'{"text": "\ud800"}', r"a\.jsonl:1: field 'text' holds half of a surrogate pair"),
     ],
 )
@@ -99,9 +101,27 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     assert "b.parquet: no column 'text'; it has body" in complaint(files(tmp_path / "b.parquet"))
     parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "c.parquet")
     assert "c.parquet: row 2: field 'text' must be text" in complaint(files(tmp_path / "c.parquet"))
+    latin = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "e.parquet")
+    assert "e.parquet: not a whole parquet file of UTF-8 texts" in complaint(files(tmp_path / "e.parquet"))
     with gzip.open(tmp_path / "d.jsonl.gz", "wt") as stream:
         stream.write("{}")
     assert "suffix '.gz' tells no format" in complaint(files(tmp_path / "d.jsonl.gz"))
+
+
+def test_a_store_that_is_away_or_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(UserError, match=r"^sources\.mine\.paths: s3://bucket/a\.jsonl: cannot be read \(.*redentials"):
+        pin(files("s3://bucket/a.jsonl"))
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(SystemFault, match=r"^sources\.mine\.paths: s3://other/a\.jsonl: cannot be read \(.*run again"):
+        pin(files("s3://other/a.jsonl"))
 
 
 def test_pin_follows_content_and_not_place(tmp_path: Path) -> None:
@@ -142,6 +162,11 @@ def test_stdlib_digest_names_the_python() -> None:
     digests = [pin(StdlibSource(name="x", part=part)).digest for part in ("code", "prose")]
     assert digests[0] != digests[1]
     assert all(digest and digest.startswith(f"python {sys.version.split()[0]} ") for digest in digests)
+
+
+def test_long_runs_of_blank_lines_take_no_longer_than_text() -> None:
+    text = "a" + "\n" * 300_000 + "b" + "\n" * 300_000 + " c"
+    assert list(split_text(text)) == ["a", text[300_001:]]
 
 
 def test_split_text() -> None:

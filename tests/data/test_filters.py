@@ -16,6 +16,7 @@ from ling_flow.data.filters import Decontamination, Filters, NearDuplicates, Qua
 from ling_flow.data.near_duplicates import NearIndex, rows_per_band, signatures
 from ling_flow.data.reasoning import TaskSpec, problems
 from ling_flow.data.sources import FilesSource, ReasoningSource, Source
+from ling_flow.errors import UserError
 
 SUMS = TaskSpec(name="chain_sum", difficulties=(1, 2))
 
@@ -174,6 +175,13 @@ def test_contaminated_documents_are_left_out_counted_and_shown(tmp_path: Path) -
     assert [sample.text for sample in shown] == bad[:3]
     assert shown[0].ngram == held_out[0].question.removesuffix(" ?")
     assert statistics["sums"].contaminated == 0 and statistics["sums"].documents > 25
+
+
+def test_an_evaluation_set_with_nothing_to_look_for_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "Why?"}')
+    settings = Decontamination(files=(FilesSource(name="short", paths=[str(tmp_path / "short.jsonl")]),))
+    with pytest.raises(UserError, match=r"filters\.decontamination\.files: short has no text of 3 words or more"):
+        evaluation_ngrams(settings)
 
 
 # Quality

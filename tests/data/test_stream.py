@@ -1,5 +1,6 @@
 """A source's shuffled documents, as a stream and packed."""
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -114,6 +115,17 @@ def test_packed_rows_are_nearly_full() -> None:
     rows = -(-len(tokens) // 128)
     filled = np.mean([(packed.row(number).documents != PADDING).mean() for number in range(rows)])
     assert filled > 0.94
+
+
+def test_a_later_epoch_is_packed_once() -> None:
+    tokens, offsets = source([7, 2, 9, 1, 12, 5])
+    packed, packings = PackedDocuments(tokens, offsets, "0/chat", 16), []
+    pack = packed._packed
+    packed._epoch = functools.lru_cache(maxsize=2)(lambda epoch: packings.append(epoch) or pack(epoch))
+    rows = [packed.row(number) for number in range(30)]
+    assert packings == list(range(max(packings) + 1)) and max(packings) > 3
+    late = PackedDocuments(tokens, offsets, "0/chat", 16).row(29)  # asked for first
+    assert late.tokens.tolist() == rows[29].tokens.tolist()
 
 
 @pytest.mark.parametrize("position", [0, 5, 10**9])

@@ -83,6 +83,12 @@ def test_a_pipeline_of_ones_own_is_loaded_from_its_file(tmp_path: Path) -> None:
     )
     dag = load_dag(str(file))
     assert (dag.name, dag.parameters) == ("mine", {"preset": "tiny"})
+    file.write_text("import components\n\nx = (1\n")
+    with pytest.raises(UserError, match=r"mine\.py: cannot be imported \(line 3: SyntaxError: "):
+        load_dag(str(file))
+    file.write_text("import components\n\nx = 1 / 0\n")
+    with pytest.raises(UserError, match=r"mine\.py: cannot be imported \(line 3: ZeroDivisionError: "):
+        load_dag(str(file))
     file.write_text("x = 1\n")
     with pytest.raises(UserError, match=r"defines no @dsl\.pipeline function called 'mine'"):
         load_dag(str(file))

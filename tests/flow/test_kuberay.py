@@ -23,6 +23,7 @@ from ling_flow.flow.component import Resources
 from ling_flow.flow.context import Context
 from ling_flow.flow.job_settings import ClaimMount, ClusterSettings, JobSettings, SecretEnv
 from ling_flow.flow.jobs import Ended, Job, JobOutput, failure, job_of
+from ling_flow.flow.kube_api import Kubernetes
 from ling_flow.flow.kuberay import FINGERPRINT, Owner, ray_job
 from ling_flow.flow.step import identify, run_step
 from tests.flow.kubernetes_api import KubernetesStandIn
@@ -203,6 +204,21 @@ def test_a_step_that_is_told_to_end_deletes_its_job(api: KubernetesStandIn, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kuberay_jobs, "follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert api.objects == {} and api.requests[-1][0] == "DELETE"
+
+
+def test_told_to_end_as_it_creates_its_job_a_step_deletes_it(
+    api: KubernetesStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Kubernetes.create
+
+    def interrupted(*arguments: Any) -> bool:
+        create(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Kubernetes, "create", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert api.objects == {} and api.requests[-1][0] == "DELETE"

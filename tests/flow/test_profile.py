@@ -49,6 +49,18 @@ def read(directory: Path, **changes: Any) -> Profile:
             {"steps": {"tolerations": [{"key": "spot", "operator": "Exists", "value": "yes"}]}},
             "p.yaml.steps.tolerations: spot: with operator Exists there is no value",
         ),
+        ({"mlflow": "https://a:b@mlflow"}, "p.yaml.mlflow: user and password would be readable"),
+        ({"artifacts": "s3://a:b@bucket/x"}, "p.yaml.artifacts: user and password would be readable"),
+        (
+            {"steps": {"env": {"AWS_SECRET_ACCESS_KEY": "x"}}},
+            "p.yaml.steps.env.AWS_SECRET_ACCESS_KEY: would be readable",
+        ),
+        ({"steps": {"env": {"PROXY": "http://a:b@proxy"}}}, "p.yaml.steps.env.PROXY: would be readable"),
+        ({"steps": {"job": {"env": {"HF_TOKEN": "x"}}}}, "p.yaml.steps.job.env.HF_TOKEN: would be readable"),
+        (
+            {"components": {"pretrain": {"run_on": "ray-job", "ray_address": "http://a:b@head"}}},
+            "p.yaml.components.pretrain.ray_address: user and password would be readable",
+        ),
         ({"kfp": {"host": "kubeflow"}}, "p.yaml.kfp.host"),
         ({"image": None}, "p.yaml.image"),
     ],

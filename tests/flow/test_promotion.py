@@ -205,6 +205,18 @@ def test_a_registry_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         Registry("http://127.0.0.1:9").by_alias("any", "champion")
 
 
+def test_what_a_store_refuses_is_one_line(registry: Registry) -> None:
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI htp://localhost:5000: refuses \(.*\)$"):
+        Registry("htp://localhost:5000").promotions("any")
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI .*: refuses \(.*\)$"):
+        registry.promotions("o'neil")
+
+
+def test_a_promotion_is_forced_with_a_reason_only(call: Callable[..., Called]) -> None:
+    refused = call("promote", "any", "1", "--force", " ")
+    assert (refused.code, refused.err.strip()) == (2, "error: --force: give the reason, which is recorded")
+
+
 @pytest.mark.slow
 def test_the_command_line(registry: Registry, call: Callable[..., Called]) -> None:
     store = {"MLFLOW_TRACKING_URI": registry.tracking_uri}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from ling_flow.daemon import Daemon
-from ling_flow.errors import UserError
+from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow import mlflow_store, preflight
 from ling_flow.flow import stack as stack_module
 from ling_flow.flow.artifact import ArtifactStore
@@ -48,6 +49,23 @@ def test_before_the_first_start_there_is_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no stack was started there; run lingflow stack up"):
         empty.environment()
     assert not list(tmp_path.iterdir())
+
+
+def test_its_files_are_checked_and_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Stack(tmp_path)
+    ports = {"postgres": 154000, "mlflow": 2, "s3": 3, "s3_inner": [4, 5, 6, 7, 8, 9, 10]}
+    (tmp_path / "stack.json").write_text(json.dumps({"wanted_up": True, "ports": ports}))
+    with pytest.raises(UserError, match=r"stack\.json\.ports\.postgres: input should be less than or equal to 65535"):
+        made.status()
+    (tmp_path / "stack.json").write_text(json.dumps({"wanted_up": True, "ports": {**ports, "postgres": 1}}))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemFault, match="No space left on device"):
+        made.status()  # which would make the secrets
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stack.json"]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:

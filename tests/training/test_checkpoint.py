@@ -94,11 +94,20 @@ def test_missing_cut_and_unlisted_files_are_found(trained, tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match=r"model.safetensors: missing"):
         verify_checkpoint(path)
-    (path / "training_state" / "files.json").write_text("{")
-    with pytest.raises(UserError, match=r"files.json: damaged"):
-        verify_checkpoint(path)
-    (path / "training_state" / "files.json").unlink()
+    listing = path / "training_state" / "files.json"
+    whole = listing.read_text()
+    for damaged in ("{", "[]", "{}", whole.replace("bytes", "bytds", 1), whole.replace("config.json", "konfig.json")):
+        listing.write_text(damaged)
+        with pytest.raises(UserError, match=r"files.json: damaged"):
+            verify_checkpoint(path)
+    listing.unlink()
     assert latest_checkpoint(tmp_path, lambda line: None) is None
+
+
+def test_a_directory_of_another_name_is_no_checkpoint(trained, tmp_path):
+    path = save_checkpoint(tmp_path, contents_of(*trained, state_at(1)))
+    path.with_name("step-00000002.bak").mkdir()
+    assert latest_checkpoint(tmp_path, lambda line: None) == path
 
 
 def test_checkpoint_without_training_state_is_a_model_but_no_place_to_resume(trained, tmp_path):

@@ -9,6 +9,7 @@ from ling_flow.data.batches import Batch, Batches
 from ling_flow.errors import SystemFault
 from ling_flow.training.guard import GuardSettings, GuardState, Running, SpikeGuard
 from ling_flow.training.interval import SaveClock
+from ling_flow.training.settings import BatchRamp
 from ling_flow.training.stage import batch_sizes, open_stage, run_stage
 from tests.training.micro import micro_model, stage_settings
 
@@ -73,14 +74,14 @@ SETTINGS = stage_settings(
 )
 
 
-def run(corpus, directory, spoilt, stop_after=None):
+def run(corpus, directory, spoilt, stop_after=None, settings=SETTINGS):
     """A stage whose batches `spoilt` have no finite loss; returns it, its reports, batches asked for, and its log."""
     directory.mkdir(exist_ok=True)
     lines, reports = [], []
-    stage = open_stage(directory, SETTINGS, micro_model(), seed=0, previous=None, device=CPU, log=lines.append)
+    stage = open_stage(directory, settings, micro_model(), seed=0, previous=None, device=CPU, log=lines.append)
     with torch.no_grad():
         stage.model.model.word_embeddings.weight[POISON] = torch.inf
-    batches = Spoilt(corpus, {"words": 1}, 16, batch_sizes(SETTINGS), 0, drawn_before=stage.state.drawn_before)
+    batches = Spoilt(corpus, {"words": 1}, 16, batch_sizes(settings), 0, drawn_before=stage.state.drawn_before)
     batches.spoilt, batches.asked = frozenset(spoilt), []
 
     def on_step(report):
@@ -90,7 +91,9 @@ def run(corpus, directory, spoilt, stop_after=None):
 
     tokenizer = corpus.path / "tokenizer"
     with contextlib.suppress(KeyboardInterrupt):
-        run_stage(stage, directory, batches, SETTINGS, tokenizer_dir=tokenizer, on_step=on_step, log=lines.append)
+        stage.kept = run_stage(
+            stage, directory, batches, settings, tokenizer_dir=tokenizer, on_step=on_step, log=lines.append
+        )
     return stage, reports, batches.asked, lines
 
 
@@ -109,6 +112,17 @@ def test_bad_batches_in_a_row_are_passed_over_from_the_last_checkpoint(corpus, t
     assert any("rolled back from step 15 to 12" in line for line in lines)
     assert (stage.state.step, stage.state.guard.rollbacks, stage.state.guard.batches_passed) == (24, 1, 3)
     assert sum(stage.state.drawn.values()) >= 27 * 4 * 16
+
+
+def test_tokens_of_growing_batches_are_those_that_were_read(corpus, tmp_path):
+    ramp = SETTINGS.model_copy(update={"batch_ramp": BatchRamp(sequences_at_start=1, steps=24)})
+    stage, _, asked, _ = run(corpus, tmp_path / "a", {13, 14}, settings=ramp)
+    sizes = batch_sizes(ramp)
+    counted = [*range(12), *asked[15:]]
+    assert stage.state.tokens == 16 * sum(sizes.of(step) for step in counted)
+    index = {entry.step: entry.tokens for entry in stage.kept.window + stage.kept.milestones}
+    assert index == {step: 16 * sum(sizes.of(at) for at in counted[:step]) for step in index}
+    assert max(index) == 24 and len(index) > 1
 
 
 def test_a_kill_after_a_rollback_changes_nothing(corpus, tmp_path):

@@ -126,8 +126,7 @@ class Documents:
 
 def test_parts_of_documents_of_unequal_length_add_up_to_the_whole_batch(corpus):
     (whole, one), *parts = (
-        run(corpus, steps=1, batches=Documents(), sequences_per_forward=rows)
-        for rows in (None, 1, 2)
+        run(corpus, steps=1, batches=Documents(), sequences_per_forward=rows) for rows in (None, 1, 2)
     )
     for model, found in parts:
         for figure in ("loss", "cross_entropy", "mtp_cross_entropy"):
