@@ -66,6 +66,27 @@ def test_an_address_at_the_loopback_may_be_a_forwarded_port(monkeypatch: pytest.
         assert done.stdout.strip() == expected
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Request failed with status code 400: entrypoint_num_cpus must be a number.",
+        "Request failed with status code 500: Package size (600.00MiB) exceeds the maximum size of 500.00MiB.",
+    ],
+)
+def test_what_the_server_refuses_is_told_at_once(said: str) -> None:
+    """The server's own words; a real one would first be sent half a gigabyte."""
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError(said)
+
+    def missing(name: str) -> None:
+        raise RuntimeError(f"Request failed with status code 404: Job {name} does not exist")
+
+    client = SimpleNamespace(get_address=lambda: "http://head:8265", submit_job=refuse, get_job_info=missing)
+    with pytest.raises(UserError, match=r"^RAY_ADDRESS: http://head:8265 refuses the job \(Request failed"):
+        ray_jobs.submit(client, job(), JobSettings(patience_s=60))
+
+
 def test_secrets_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
         monkeypatch.setenv(name, "topsecret")
