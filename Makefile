@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 # many images, every process would compile what it imports anew.
 PIP := $(BIN)/pip install --quiet --no-compile
 PYTEST := $(BIN)/python -m pytest --durations 15 --durations-min 5
-# For two cores; what is slow waits much, for servers and processes.
+# For two cores; what is slow waits much, for servers and processes. Beside Ray's many processes a whole lifecycle would
+# hardly get on, so it has a turn of its own.
 FAST := -m "not slow and not e2e" --numprocesses 2
-SLOW := -m "slow or e2e" --numprocesses 3 --dist loadfile --no-loadscope-reorder
+SLOW := -m "slow and not e2e" --numprocesses 3 --dist loadfile --no-loadscope-reorder
+E2E := -m e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup lifecycle test test-fast lint fmt clean
 
@@ -31,6 +33,7 @@ lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny
 test: lint  ## everything: fast, slow and whole pipelines
 	$(PYTEST) $(FAST)
 	$(PYTEST) $(SLOW)
+	$(PYTEST) $(E2E)
 
 test-fast: setup
 	$(PYTEST) $(FAST)

@@ -20,7 +20,7 @@ from ling_flow.flow.stack import Stack
 from tests.conftest import Called, run_module, user_environment
 from tests.dags.test_lifecycle_ir import PHASES
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2700)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
 Call = Callable[..., Called]
 
@@ -41,7 +41,7 @@ def stores(home: str) -> dict[str, str]:
 def tiny(home: str, stores: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The object that `--json` prints."""
     environment = {**user_environment(Path(home)), **stores}
-    done = run_module(environment, "run", "lifecycle", "--preset", "tiny", "--json", timeout=2600)
+    done = run_module(environment, "run", "lifecycle", "--preset", "tiny", "--json", timeout=3500)
     assert done.code == 0, done.err
     yield done.json
     run_module(environment, "stop")

@@ -28,7 +28,7 @@ class RayHead:
         self.address = f"http://127.0.0.1:{self._dashboard}"
 
     def start(self) -> None:
-        """Returns when the job server answers."""
+        """Returns when the job server takes jobs, which is some time after it answers."""
         command = [RAY, "start", "--head", "--block", f"--port={self._port}", "--num-cpus=2", "--disable-usage-stats"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self._dashboard}", "--include-dashboard=true"]
         # Fixed by default: a second head on this machine would have no agent to run jobs by.
@@ -40,7 +40,7 @@ class RayHead:
                 start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + 120
-        while not _answers(f"{self.address}/api/version"):
+        while not _takes_jobs(self.address):
             assert self._process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.2)
 
@@ -80,9 +80,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _answers(url: str) -> bool:
+def _takes_jobs(address: str) -> bool:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/api/jobs/", b'{"entrypoint": "true"}', headers)
     try:
-        with urllib.request.urlopen(url, timeout=2):
+        with urllib.request.urlopen(request, timeout=30):
             return True
-    except OSError:
+    except OSError:  # nobody there yet, or "no available agent"
         return False
