@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --no-deps nemo-automodel
 	# The oldest supported Triton, for tests that compile with it.
 	$(PIP) --no-deps --upgrade --target $(VENV)/triton-oldest triton==3.6.0
-	-$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV) # some templates are no Python
+	$(BIN)/python -W ignore -m compileall -qq -j 0 -x '/tests?/' $(VENV) || true # some templates are no Python
 	touch $@
 
 lifecycle: setup  ## every phase of the lifecycle, for real, at preset tiny

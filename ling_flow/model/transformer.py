@@ -238,8 +238,10 @@ class BailingMoeV2ForCausalLM(nn.Module):
         row_B = torch.empty(len(tokens_BS1), device=h_BSD.device)
         of_targets = of_targets or [0] * (1 + self.config.num_nextn_predict_layers)  # 0: those given
         cross_entropy = self._cross_entropy(h_BSD, tokens_BS1[:, 1:], valid_BS, of_targets[0], row_B)
-        given = tokens_BS1[:, 1:].numel() if valid_BS is None else int(valid_BS.sum())
-        share = given / of_targets[0] if of_targets[0] else 1.0
+        share = 1.0
+        if router_loss is not None and of_targets[0]:  # the count waits for the device
+            given = tokens_BS1[:, 1:].numel() if valid_BS is None else int(valid_BS.sum())
+            share = given / of_targets[0]
         mtp_cross_entropy = torch.zeros_like(cross_entropy)
         for depth in range(1, min(self.config.num_nextn_predict_layers, length - 1) + 1):
             # The last `depth` positions have no target; attention is causal, so leaving them out changes nothing else.
