@@ -3,8 +3,8 @@
     python benchmarks/goodput.py                                # about 10 minutes: kills every 60 s on average
     python benchmarks/goodput.py --preset tiny --minutes 1.5 --kill-seconds 10 --json figures.json
 
-A model of a preset (default `small`) on random tokens. First a step, what a save takes from training, and a start are
-measured without a kill; from these comes the interval of the formula (Ling 2.0, appendix A). Then the interval, its
+A model of a preset (default `small`) on random tokens. First a step, what a save takes from training, and going on
+after a kill are measured; from these comes the interval of the formula (Ling 2.0, appendix A). Then the interval, its
 half and its double are each given the same time and the same kills (`kill -9`, their number by the mean, their moments
 at random). Useful are the steps that counted in the end × the median step of that part; the rest of the time went into
 saving, steps that were lost, and starting again. Beside it stands what the formula expects from the median cost of the
@@ -122,14 +122,16 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def lines_of(directory: Path) -> list[dict[str, float]]:
+def lines_of(directory: Path, key: str) -> list[dict[str, float]]:
+    """The lines in which `key` has a value."""
     path = directory / "lines.jsonl"
     found = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut by a kill
-    return [json.loads(line) for line in found if line.endswith("}")]
+    lines = [json.loads(line) for line in found if line.endswith("}")]
+    return [line for line in lines if line.get(key) is not None]
 
 
 class Costs(NamedTuple):
-    """Medians, in seconds: a step without saves, what a save takes from training, from a start to the first step."""
+    """In seconds: a step without saves, what a save takes from training (medians), what going on after a kill takes."""
 
     step: float
     save: float
@@ -139,23 +141,28 @@ class Costs(NamedTuple):
 def calibrate(directory: Path, trainers: Trainers) -> Costs:
     """What a step, a save and a start take where nothing is killed."""
     plain, saving = directory / "steps", directory / "saves"
-    started = time.monotonic()
     process = trainers.start(plain, 1e9)
-    restart = 0.0
-    while len(lines := lines_of(plain)) < CALIBRATION_STEPS + 3:
-        restart = restart if lines else time.monotonic() - started
+    steps = [line["seconds"] for line in wait_for(process, plain, CALIBRATION_STEPS + 3, "step")]
+    kill(process)
+    step = statistics.median(steps[3:])
+    process = trainers.start(saving, CALIBRATION_STEPS * step / 2)
+    saves = wait_for(process, saving, CALIBRATION_SAVES, "cost")
+    kill(process)
+    made, started = len(lines_of(saving, "step")), time.monotonic()
+    process = trainers.start(saving, 1e9)  # goes on from what was saved, as after a failure
+    wait_for(process, saving, made + 1, "step")
+    restart = time.monotonic() - started - step
+    kill(process)
+    return Costs(step, statistics.median(line["cost"] for line in saves), restart)
+
+
+def wait_for(process: subprocess.Popen[bytes], directory: Path, count: int, key: str) -> list[dict[str, float]]:
+    """The lines that have `key`, once there are `count`."""
+    while len(lines := lines_of(directory, key)) < count:
         time.sleep(0.1)
         if process.poll() is not None:
             sys.exit(f"the trainer ended by itself with {process.returncode}")
-    kill(process)
-    step = statistics.median(line["seconds"] for line in lines[3:])
-    process = trainers.start(saving, CALIBRATION_STEPS * step / 2)
-    while len(costs := [line["cost"] for line in lines_of(saving) if line.get("cost")]) < CALIBRATION_SAVES:
-        time.sleep(0.5)
-        if process.poll() is not None:
-            sys.exit(f"the trainer ended by itself with {process.returncode}")
-    kill(process)
-    return Costs(step, statistics.median(costs), restart)
+    return lines
 
 
 class Row(NamedTuple):
@@ -182,10 +189,9 @@ def measure(
         process = trainers.start(directory, interval)
         time.sleep(max(0.0, begun + moment - time.monotonic()))
         kill(process)
-    lines = lines_of(directory)
-    steps = [line for line in lines if "save" not in line]
+    steps = lines_of(directory, "step")
     step = statistics.median(line["seconds"] for line in steps)
-    saves = [line["cost"] for line in lines if line.get("cost") is not None]
+    saves = [line["cost"] for line in lines_of(directory, "cost")]
     if not saves:
         sys.exit(f"no save was measured at an interval of {interval:.1f} s: give more --minutes")
     save = statistics.median(saves)
@@ -211,7 +217,7 @@ def main() -> None:
         costs = calibrate(Path(scratch), trainers)
         failures = DAY / arguments.kill_seconds
         best = best_interval(costs.save, failures)
-        print(f"step {costs.step:.3f} s, a save costs {costs.save:.3f} s, a start {costs.restart:.1f} s")
+        print(f"step {costs.step:.3f} s, a save costs {costs.save:.3f} s, going on {costs.restart:.1f} s")
         print(f"best interval {best:.1f} s")
         print(
             f"{'interval':>20} {'kills':>6} {'made':>6} {'counted':>8} {'step':>7} {'save':>7} {'useful':>7} "

@@ -115,7 +115,7 @@ def _family_options(command: Any) -> Any:
         click.option("--watts", help="Another power of one GPU, W."),
         click.option(
             "--layout", multiple=True, metavar="FIELD=VALUE",
-            help="Change data, expert, pipeline, sharding, precision, moments, micro_batch or recompute; repeatable.",
+            help="Change data, expert, pipeline, sharding, precision, optimizer, micro_batch or recompute; repeatable.",
         ),
     )  # fmt: skip
     for option in reversed(options):  # the last one applied is listed first

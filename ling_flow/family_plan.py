@@ -154,7 +154,7 @@ def _rows(member: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     layout = memory["layout"]
     yield "GiB on the fullest rank", ""
     yield "  data × pipeline (expert) ranks", f"{layout['data']} × {layout['pipeline']} ({layout['expert']})"
-    yield "  weights, moments", f"{layout['precision']}, {layout['moments']}"
+    yield "  weights, optimizer", f"{layout['precision']}, {layout['optimizer']}"
     yield "  sharding", layout["sharding"]
     yield "  sequences per micro-batch", str(layout["micro_batch"])
     yield "  fullest stage", f"{memory['stage'] + 1} of {layout['pipeline']}"

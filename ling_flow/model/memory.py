@@ -34,8 +34,10 @@ class Layout(StrictModel):
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="type of weights and activations; bfloat16 adds float32 master weights"
     )
-    moments: Literal["float32", "8bit"] = Field(
-        "float32", description="AdamW's two moments: float32, or 8 bits and a float32 scale per block of 256"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw",
+        description="two moments in float32; in 8 bits with a float32 scale per block of 256; or one momentum in "
+        "float32 for the hidden matrices, and AdamW for the rest",
     )
     micro_batch: int = Field(1, ge=1, description="sequences per forward pass and rank")
     recompute: bool = Field(True, description="layers keep their input only and run again in the backward pass")
@@ -50,10 +52,12 @@ class Layout(StrictModel):
         """Bytes of a weight and of an activation."""
         return 4 if self.precision == "float32" else 2
 
-    @property
-    def optimizer_bytes(self) -> float:
-        """Bytes of optimizer state per parameter: master weights where the weights are bfloat16, and two moments."""
-        return (4 if self.precision == "bfloat16" else 0) + 2 * (4 if self.moments == "float32" else 1 + 4 / 256)
+    def optimizer_bytes(self, hidden: int, other: int) -> int:
+        """Optimizer state of so many elements of hidden matrices and other parameters: master weights where the
+        weights are bfloat16, and moments or momentum."""
+        masters = 4 if self.precision == "bfloat16" else 0
+        moments = 2 * (1 + 4 / 256) if self.optimizer == "adamw8bit" else 8
+        return round((masters + (4 if self.optimizer == "muon" else moments)) * hidden + (masters + moments) * other)
 
 
 @dataclass(frozen=True)
@@ -107,15 +111,15 @@ def naive_logits_bytes(config: ModelConfig, layout: Layout, sequence_length: int
 
 
 def logits_bytes(config: ModelConfig, layout: Layout, sequence_length: int) -> int:
-    """What our head needs (`kernels/linear_cross_entropy.py`): gradients of hidden states and head instead of logits,
-    for trunk and MTP; while it works, a float32 sum of the head's gradient, one chunk's share of it, and that chunk's
-    logits and probabilities."""
+    """What our head needs on a GPU (`kernels/linear_cross_entropy.py`): gradients of hidden states and head instead of
+    logits, for trunk and MTP; while it works, the head's gradient summed in float32, then also in its own type, and one
+    chunk's logits, in place of which their gradient comes."""
     element, tokens = layout.element, layout.micro_batch * sequence_length
     head, hidden = config.vocab_size * config.hidden_size, tokens * config.hidden_size
     chunk = min(tokens * config.vocab_size, max(LOGITS_CHUNK_ELEMENTS, config.vocab_size))
     cast = element if element < 4 else 0
     kept = config.num_nextn_predict_layers * (hidden + head) * element
-    return kept + hidden * element + head * (4 + element) + chunk * (4 + 4 + cast)
+    return kept + hidden * element + head * (4 + cast) + chunk * element
 
 
 def layer_activation_bytes(config: ModelConfig, dense: bool, tokens: int, element: int) -> int:
@@ -169,6 +173,12 @@ def _unit_parameters(config: ModelConfig, unit: str) -> tuple[int, int]:
     return total - routed, routed
 
 
+def _unit_not_hidden(config: ModelConfig, unit: str) -> int:
+    """Parameters of a layer that are no hidden matrix: norms and router (`training/optimizer.py`)."""
+    norms = (5 if unit == "mtp" else 2) * config.hidden_size + 2 * config.head_dim
+    return norms + (0 if unit == "dense" else config.num_experts * config.hidden_size)
+
+
 def _unit_activations(config: ModelConfig, layout: Layout, unit: str, tokens: int) -> tuple[int, int]:
     """Bytes one layer keeps of one micro-batch: (without recomputation, with it)."""
     layer = layer_activation_bytes(config, unit == "dense", tokens, layout.element)
@@ -188,7 +198,8 @@ def _stage(config: ModelConfig, layout: Layout, sequence_length: int, stage: int
     tables = embedding * ((stage == 0) + last)
     if last and stage > 0 and config.num_nextn_predict_layers:
         tables += embedding  # the MTP layer needs the embedding where it is
-    replicated = sum(common for common, _ in per_unit) + tables + (config.hidden_size if last else 0)
+    top_norm = config.hidden_size if last else 0
+    replicated = sum(common for common, _ in per_unit) + tables + top_norm
     routed = sum(experts for _, experts in per_unit) // layout.expert
     biases = 4 * config.num_experts * sum(experts > 0 for _, experts in per_unit)
 
@@ -197,6 +208,9 @@ def _stage(config: ModelConfig, layout: Layout, sequence_length: int, stage: int
     whole = replicated + routed
     held = shared_out if layout.sharding == "fsdp" else whole
     stepped = whole if layout.sharding == "none" else shared_out
+    others = sum(_unit_not_hidden(config, unit) for unit in units) + tables + top_norm
+    if layout.sharding != "none":
+        others = -(-others // layout.data)
     gathered = 0
     if layout.sharding == "fsdp":
         largest = max(common + experts // layout.expert for common, experts in per_unit)
@@ -209,7 +223,7 @@ def _stage(config: ModelConfig, layout: Layout, sequence_length: int, stage: int
         stage=stage,
         weights=element * held + biases,
         gradients=4 * held,
-        optimizer=round(layout.optimizer_bytes * stepped),
+        optimizer=layout.optimizer_bytes(stepped - others, others),
         gathered=gathered,
         activations=flying * (sum(full for full, _ in kept) + top),
         activations_recompute=flying * (sum(thin for _, thin in kept) + top) + max(full for full, _ in kept),

@@ -22,6 +22,7 @@ from ling_flow.model.memory import (
 )
 from ling_flow.model.presets import model_preset, tiny
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+from ling_flow.training.optimizer import hidden_matrices
 
 
 def changed(**changes: object) -> ModelConfig:
@@ -117,8 +118,10 @@ def test_logits_are_those_of_our_head_and_of_a_plain_one() -> None:
     assert linear_cross_entropy.CHUNK_ELEMENTS["cuda"] == LOGITS_CHUNK_ELEMENTS
     config, layout = changed(num_nextn_predict_layers=0), Layout(precision="float32", micro_batch=8)
     tokens, hidden, rows = 8 * 128, config.hidden_size, config.vocab_size
-    # Gradients of states and head (twice while it is summed), and one chunk's logits and probabilities: here all.
-    assert logits_bytes(config, layout, 128) == 4 * (tokens * hidden + 2 * rows * hidden + 2 * tokens * rows)
+    # Gradients of states and head, and one chunk's logits: here all. In bfloat16 the head's is summed in float32 first.
+    assert logits_bytes(config, layout, 128) == 4 * (tokens * hidden + rows * hidden + tokens * rows)
+    narrow = Layout(precision="bfloat16", micro_batch=8)
+    assert logits_bytes(config, narrow, 128) == 2 * (tokens * hidden + 3 * rows * hidden + tokens * rows)
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -137,17 +140,30 @@ def test_logits_are_those_of_our_head_and_of_a_plain_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "moments", "bytes_each"),
-    [("float32", "float32", (4, 4, 8)), ("bfloat16", "float32", (2, 4, 12)), ("bfloat16", "8bit", (2, 4, 6.03125))],
+    ("precision", "optimizer", "bytes_each"),
+    [("float32", "adamw", (4, 4, 8)), ("bfloat16", "adamw", (2, 4, 12)), ("bfloat16", "adamw8bit", (2, 4, 6.03125))],
 )
-def test_bytes_per_parameter(precision: str, moments: str, bytes_each: tuple[float, ...]) -> None:
+def test_bytes_per_parameter(precision: str, optimizer: str, bytes_each: tuple[float, ...]) -> None:
     config = tiny()
-    layout = Layout.model_validate({"precision": precision, "moments": moments})
+    layout = Layout.model_validate({"precision": precision, "optimizer": optimizer})
     memory, counts = training_memory(config, layout, 128), config.parameter_counts()
     parameters, biases = counts.total + counts.mtp, 4 * (counts.expert_bias + config.num_experts)
     assert memory.weights - biases == parameters * bytes_each[0]
     assert memory.gradients == parameters * bytes_each[1]
     assert memory.optimizer == round(parameters * bytes_each[2])
+
+
+@pytest.mark.parametrize("changes", [{}, {"first_k_dense_replace": 2, "num_nextn_predict_layers": 2}])
+def test_muon_keeps_one_momentum_of_hidden_matrices(changes: dict[str, int]) -> None:
+    config = changed(**changes)
+    model = on_meta(config)
+    hidden = hidden_matrices(model)
+    kept = sum(parameter.numel() * (4 if parameter in hidden else 8) for parameter in model.parameters())
+    layout = {"precision": "float32", "optimizer": "muon"}
+    memory = training_memory(config, Layout.model_validate(layout), 128)
+    assert memory.optimizer == kept
+    divided = training_memory(config, Layout.model_validate({**layout, "data": 4}), 128)
+    assert divided.optimizer == pytest.approx(kept / 4, rel=1e-3)
 
 
 def parameters_of(model: BailingMoeV2ForCausalLM, layers: range, expert: int) -> int:
