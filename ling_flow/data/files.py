@@ -244,27 +244,51 @@ def _read_jsonl(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
         yield _checked(row[field], f"{path}:{number}", field)
 
 
+class _Watched:
+    """A stream that remembers what reading it raised: through Arrow that looks like damage to the file."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.fault: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def read(self, *size: int) -> bytes:
+        try:
+            return self._stream.read(*size)
+        except Exception as error:
+            self.fault = error
+            raise
+
+
 def _read_parquet(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
+    watched = _Watched(stream)
     try:
-        table = parquet.ParquetFile(stream)
+        table = parquet.ParquetFile(watched)
         _require_column(table.schema_arrow.names, path, field)
         columns = (batch.column(0) for batch in table.iter_batches(columns=[field]))
         yield from _column_texts(columns, path, field)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if watched.fault is not None:
+            raise watched.fault from None
         raise UserError(f"{path}: not a whole parquet file of UTF-8 texts ({' '.join(str(error).split())})") from None
 
 
 def _read_arrow(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
     import pyarrow
 
+    watched = _Watched(stream)
     try:
-        batches = pyarrow.ipc.open_stream(stream)
+        batches = pyarrow.ipc.open_stream(watched)
         _require_column(batches.schema.names, path, field)
         yield from _column_texts((batch.column(field) for batch in batches), path, field)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if watched.fault is not None:
+            raise watched.fault from None
         raise UserError(f"{path}: not a whole Arrow stream of UTF-8 texts ({' '.join(str(error).split())})") from None
 
 

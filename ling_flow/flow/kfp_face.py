@@ -85,6 +85,8 @@ def load_component(entry_point: str) -> Component:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f"{entry_point}: no module called {error.name}, here or among those installed") from None
+    except SyntaxError as error:
+        raise UserError(f"{entry_point}: cannot be imported ({error.filename}:{error.lineno}: {error.msg})") from None
     found = getattr(module, name, None)
     if not isinstance(found, Component):
         raise UserError(f"{entry_point}: module {module_name} declares no component '{name}'")

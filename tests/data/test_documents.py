@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow
 import pytest
+from fsspec.implementations.memory import MemoryFile
 from pyarrow import parquet
 from pydantic import TypeAdapter
 from s3fs import S3FileSystem
@@ -122,6 +124,30 @@ def test_a_store_that_is_away_or_refuses_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     with pytest.raises(SystemFault, match=r"^sources\.mine\.paths: s3://other/a\.jsonl: cannot be read \(.*run again"):
         pin(files("s3://other/a.jsonl"))
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_store_that_goes_away_within_a_file_is_not_damage(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pyarrow.table({"text": [f"{number} " * 1000 for number in range(200)]})
+    with fsspec.open(f"memory://away/x.{form}", "wb") as stream:
+        if form == "parquet":
+            parquet.write_table(table, stream, row_group_size=10, compression="none")
+        else:
+            with pyarrow.ipc.new_stream(stream, table.schema) as writer:
+                writer.write_table(table, max_chunksize=10)
+    read = MemoryFile.read
+    reads = 0
+
+    def fail_later(file: MemoryFile, size: int = -1) -> bytes:
+        nonlocal reads
+        reads += 1
+        if reads > 12:
+            raise ConnectionError("connection reset by peer")
+        return read(file, size)
+
+    monkeypatch.setattr(MemoryFile, "read", fail_later)
+    with pytest.raises(SystemFault, match=rf"memory:///away/x\.{form}: cannot be read \(connection reset.*run again"):
+        list(documents(files(f"memory://away/x.{form}"), seed=0))
 
 
 def test_pin_follows_content_and_not_place(tmp_path: Path) -> None:

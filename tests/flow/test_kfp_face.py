@@ -113,9 +113,13 @@ def test_a_config_too_long_for_a_command_line(capsys) -> None:
     assert "error: draw: config is 70012 bytes of JSON, at most 65536 fit a KFP task" in capsys.readouterr().err
 
 
-def test_components_that_cannot_be_found() -> None:
+def test_components_that_cannot_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nowhere:x: no module called nowhere"):
         load_component("nowhere:x")
+    (tmp_path / "half.py").write_text("x = 1\ndef (\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"half:x: cannot be imported \(.*half\.py:2: invalid syntax\)"):
+        load_component("half:x")
     with pytest.raises(UserError, match=r"toy\.draw:paint: module toy\.draw declares no component 'paint'"):
         load_component("toy.draw:paint")
 
