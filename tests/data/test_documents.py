@@ -141,7 +141,7 @@ def test_a_store_that_goes_away_within_a_file_is_not_damage(form: str, monkeypat
     def fail_later(file: MemoryFile, size: int = -1) -> bytes:
         nonlocal reads
         reads += 1
-        if reads > 12:
+        if reads > 1:  # footer or schema still come
             raise ConnectionError("connection reset by peer")
         return read(file, size)
 
