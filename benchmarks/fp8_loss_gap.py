@@ -110,6 +110,17 @@ def gap(run: list[float], reference: list[float]) -> float:
     return float((np.abs(a - b) / b)[last].mean())
 
 
+def lag(run: list[float], reference: list[float]) -> float:
+    """How many more steps `run` needs to the same loss, relative: the mean signed gap over the last half of the steps,
+    by the slope of log loss over log step that `reference` has there."""
+    mean = np.ones(SMOOTH) / SMOOTH
+    a, b = (np.log(np.convolve(values, mean, mode="valid")) for values in (run, reference))
+    last = slice(-(len(run) // 2), None)
+    log_steps = np.log(np.arange(len(b)) + (SMOOTH + 1) / 2)[last]
+    slope = np.polyfit(log_steps, b[last], 1)[0]
+    return float(np.expm1((a - b)[last].mean() / -slope))
+
+
 def plot(curves: dict[str, list[float]], seeds: list[int], path: Path) -> None:
     """Smoothed losses above, relative gaps of each seed below."""
     import matplotlib
@@ -158,8 +169,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write losses and gaps to this file")
     parser.add_argument("--plot", type=Path, help="write the figure to this file")
     options = parser.parse_args()
-    told = (options.steps, options.learning_rate, tuple(options.bfloat16_layers), options.device)
-    runs = [(kind, seed, *told) for kind in KINDS for seed in options.seeds]
+    layers = tuple(options.bfloat16_layers)
+    runs = [
+        (kind, seed, options.steps, options.learning_rate, layers if kind == "fp8" else (), options.device)
+        for kind in KINDS
+        for seed in options.seeds
+    ]
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         found = list(pool.map(partial(kept_losses, options.keep), *zip(*runs, strict=True)))
     curves = {f"{kind}/{seed}": curve for (kind, seed, *_), curve in zip(runs, found, strict=True)}
@@ -172,6 +187,9 @@ def main() -> None:
         gaps[f"bfloat16, seeds {one} and {other}"] = gap(curves[f"bfloat16/{other}"], curves[f"bfloat16/{one}"])
     for name, value in gaps.items():
         print(f"{name:28} {value:.3%}" + ("" if "fp8" not in name or value <= BOUND else "  above the bound"))
+    for kind, seed in itertools.product(("fp8", "nudged"), options.seeds):
+        late = lag(curves[f"{kind}/{seed}"], curves[f"bfloat16/{seed}"])
+        print(f"{kind}, seed {seed}: {late:+.1%} steps to the same loss")
     if options.json is not None:
         options.json.write_text(json.dumps({"gaps": gaps, "losses": curves}) + "\n")
     if options.plot is not None:
