@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import IO
 
-from ling_flow.errors import SystemFault
+from ling_flow.errors import SystemFault, UserError
+
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs of servers of ours, which no proxy of the environment could reach."""
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a server may listen there; one that ended a moment ago does not count."""
+    """Whether a server may listen there; one that ended a moment ago does not count.
+
+    Raises:
+        UserError: nothing can listen at `host`, whatever the port.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+            raise UserError(
+                f"host: {host!r} is no IPv4 address or name of this machine to listen on ({error.strerror or error})"
+            ) from None
     return True
 
 
@@ -37,6 +50,7 @@ def claim_port(port: int, host: str = "127.0.0.1", patience: float = 0.0) -> IO[
         An open file: close it when the server listens.
 
     Raises:
+        UserError: nothing can listen at `host`.
         SystemFault: there is no place to note it.
     """
     claims = Path(tempfile.gettempdir(), f"ling_flow-ports-{os.getuid()}")

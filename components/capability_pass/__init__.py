@@ -24,7 +24,7 @@ class CapabilityPassConfig(StrictModel):
         200, ge=1, description="held-out problems asked at the end, each with thinking and without"
     )
     max_new_tokens: int = Field(128, ge=1, description="longest answer to them, tokens")
-    seed: int = Field(0, ge=0, description="seed of problems, order and sampling")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of problems, order and sampling")
     threads: int | None = context_field(
         None,
         why="how many cores a machine lends does not change the method; bits are equal for equal numbers of threads",
@@ -58,7 +58,7 @@ def capability_pass(
     from ling_flow.alignment.dft import DftBatches, dft_examples, fine_tune
     from ling_flow.data.reasoning import problems
     from ling_flow.data.tokenizer import Tokenizer
-    from ling_flow.evaluation.tasks import ask, both_modes, exact_match, switch_obeyed
+    from ling_flow.evaluation.tasks import ask, both_modes, exact_match, prompts_of, switch_obeyed
     from ling_flow.model.hf import load_pretrained, save_pretrained
     from ling_flow.training.settings import OptimizerSettings
 
@@ -67,6 +67,8 @@ def capability_pass(
     tokenizer = Tokenizer.load(corpus.path / "tokenizer")
     network = load_pretrained(base.path).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     held_out = problems(config.tasks, config.switch_prompts, config.seed, "held_out")
+    questions = both_modes(held_out)
+    prompts_of(questions, tokenizer, config.max_new_tokens, network.config.max_position_embeddings)  # before it trains
     learnt = [
         example
         for problem in problems(config.tasks, config.problems, config.seed)
@@ -92,7 +94,7 @@ def capability_pass(
     answers = ask(
         network,
         tokenizer,
-        both_modes(held_out),
+        questions,
         max_new_tokens=config.max_new_tokens,
         temperature=1.0,
         seed=config.seed,

@@ -19,8 +19,9 @@ from pydantic import Field
 from components.register import Registration
 from ling_flow.config import StrictModel, context_field, parse
 from ling_flow.data.reasoning import TaskSpec
-from ling_flow.errors import SystemFault, UserError
+from ling_flow.errors import LingFlowError, SystemFault, UserError
 from ling_flow.flow.component import Input, Metrics, Output, Resources, Step, component
+from ling_flow.ports import direct
 
 
 class DeployConfig(StrictModel):
@@ -28,7 +29,7 @@ class DeployConfig(StrictModel):
 
     task: TaskSpec = Field(TaskSpec(name="chain_sum"), description="family that the held-out question is drawn from")
     max_tokens: int = Field(64, ge=1, description="longest answer to that question, tokens")
-    seed: int = Field(0, ge=0, description="seed that draws the question")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed that draws the question")
     port: int | None = context_field(
         None,
         why="the same model answers the same on any port",
@@ -71,8 +72,8 @@ class Deployment(StrictModel):
     answer: dict[str, Any] = Field(description="the endpoint's whole answer, an OpenAI chat.completion")
 
 
-def _still_deployed(result: DeployResult, root: Path) -> bool:
-    """What it served is still the champion, and the endpoint still serves it; in containers, that it once did."""
+def _still_deployed(config: DeployConfig, result: DeployResult, root: Path) -> bool:
+    """What it served is still the champion, and is served where `config` says; in containers, that it once was."""
     from ling_flow.flow.context import Context
     from ling_flow.flow.promotion import Registry
     from ling_flow.serving.server import endpoint_status, served_fingerprint
@@ -81,10 +82,17 @@ def _still_deployed(result: DeployResult, root: Path) -> bool:
     champion = Registry.of(context).by_alias(result.model_name, "champion")
     if champion is None or champion.number != result.model_version:
         return False
-    if (urlsplit(result.url).hostname or "").endswith(".svc"):
-        return served_fingerprint(result.url) == result.fingerprint
+    place = urlsplit(result.url)
+    by_service = (place.hostname or "").endswith(".svc")
+    if by_service != (config.rayservice is not None):
+        return False
+    if by_service:
+        same = (place.hostname or "").startswith(f"{config.rayservice}-serve-svc.")
+        return same and served_fingerprint(result.url) == result.fingerprint
     if _ends_with_step():
         return True
+    if place.hostname != config.host or config.port not in (None, place.port):
+        return False
     status = endpoint_status(result.model_name, context.home)
     if status is None or not status.healthy:
         return False
@@ -123,7 +131,7 @@ def deploy(config: DeployConfig, registration: Input[Metrics], deployment: Outpu
     ready = time.monotonic()
     try:
         answer = _ask(served.url, problem.question, config.max_tokens)
-    except SystemFault:
+    except LingFlowError:
         served.take_back()
         raise
     latency = time.monotonic() - ready
@@ -172,11 +180,12 @@ def _ask(url: str, question: str, max_tokens: int) -> dict[str, Any]:
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with direct.open(request, timeout=60) as response:
             answer: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
         reason = error.read().decode(errors="replace")
-        raise SystemFault(f"{url}: refused the request that should prove it: {error.code} {reason}") from error
+        kind = UserError if 400 <= error.code < 500 else SystemFault  # more tokens than the model's context holds
+        raise kind(f"{url}: refused the request that should prove it: {error.code} {reason}") from error
     except (OSError, ValueError) as error:
         raise SystemFault(f"{url}: did not answer the request that should prove it ({error})") from error
     return answer

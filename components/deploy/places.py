@@ -26,15 +26,15 @@ def serve_here(champion: Version, context: Context, home: Path, port: int | None
 
     Raises:
         UserError: the port is taken.
-        SystemFault: it did not come up.
+        SystemFault: it did not come up, and the old one is put back.
     """
     from ling_flow.flow.lineage import resolve_model
-    from ling_flow.serving.server import start_detached, stop_endpoint
+    from ling_flow.serving.server import start_detached, take_back
 
     model = resolve_model(champion.uri, context)
     step.log(f"starting an endpoint for {champion.uri}")
-    endpoint = start_detached(model.path, champion.name, champion.fingerprint, home, port, host, champion.number)
-    return Served(endpoint.url, endpoint.model_dump(), lambda: stop_endpoint(champion.name, home))
+    started = start_detached(model.path, champion.name, champion.fingerprint, home, port, host, champion.number)
+    return Served(started.endpoint.url, started.endpoint.model_dump(), lambda: take_back(started, home))
 
 
 def serve_by_rayservice(champion: Version, name: str, context: Context, step: Step) -> Served:

@@ -29,7 +29,7 @@ class PreferencePassConfig(StrictModel):
     held_out_samples: int = Field(
         4, ge=1, description="answers to each of these prompts, before and after, sampled at temperature 1"
     )
-    seed: int = Field(0, ge=0, description="seed of problems and sampling")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of problems and sampling")
     threads: int | None = context_field(
         None,
         why="how many cores a machine lends does not change the method; bits are equal for equal numbers of threads",
@@ -46,7 +46,7 @@ class PreferencePassResult(StrictModel):
     )
     reward_after: float = Field(description="mean held-out reward after, scored in the same groups")
     reward_gain: float = Field(description="reward_after - reward_before")
-    reward_standard_error: float = Field(description="standard error of the gain, paired by prompt, over prompts")
+    reward_standard_error: float = Field(description="standard error of the gain, paired by prompt, over problems")
     exact_match_before: float = Field(description="share of right held-out answers before, 0 to 1")
     exact_match_after: float = Field(description="share of right held-out answers after, 0 to 1")
     response_tokens_before: float = Field(description="mean length of a held-out answer before, tokens")
@@ -57,7 +57,7 @@ class PreferencePassResult(StrictModel):
     )
 
 
-@component(version=2, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
+@component(version=3, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
 def preference_pass(
     config: PreferencePassConfig, base: Input[Model], corpus: Input[Dataset], model: Output[Model], step: Step
 ) -> PreferencePassResult:

@@ -47,7 +47,7 @@ class Registration(StrictModel):
     verdicts: tuple[GateVerdict, ...] = Field(description="one for each gate")
 
 
-def _still_registered(result: RegisterResult, root: Path) -> bool:
+def _still_registered(config: RegisterConfig, result: RegisterResult, root: Path) -> bool:
     """The version is still there for the same artifact, and the champion is still the one recorded."""
     from ling_flow.flow.context import Context
     from ling_flow.flow.promotion import Registry

@@ -23,7 +23,7 @@ class WindTunnelConfig(StrictModel):
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
     gradient_clip: float = Field(1.0, gt=0, description="largest global L2 norm of the gradient")
     expert_bias_update_rate: float = Field(1e-3, ge=0, description="change of an expert's bias per step")
-    seed: int = Field(0, ge=0, description="seed of initial weights and data order, the same for all trials")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights and data order, the same for all trials")
     workers: int | None = context_field(
         None,
         gt=0,

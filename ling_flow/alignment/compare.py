@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from ling_flow.alignment.rewards import RewardSettings, evo_cot_rewards
 from ling_flow.alignment.rollouts import outcome
@@ -17,7 +18,8 @@ from ling_flow.evaluation.tasks import Answer
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean rewards per answer; the standard error is that of their difference, paired by prompt, over prompts."""
+    """Mean rewards per answer; the standard error is that of their difference, paired by prompt, over problems: the
+    prompts of one problem, with thinking and without, are no independent readings."""
 
     before: float
     after: float
@@ -34,10 +36,11 @@ def compare(
 ) -> Comparison:
     """Score two policies' answers to the same prompts: one inner sequence per prompt, in the same order."""
     means = []
+    gains: dict[str, list[float]] = {}
     for old, new in zip(before, after, strict=True):
         totals = [reward.total for reward in evo_cot_rewards([outcome(answer) for answer in (*old, *new)], settings)]
         means.append((sum(totals[: len(old)]) / len(old), sum(totals[len(old) :]) / len(new)))
-    count = len(means)
-    mean_before, mean_after = (sum(side) / count for side in zip(*means, strict=True))
-    variance = sum((new - old - (mean_after - mean_before)) ** 2 for old, new in means) / (count - 1)
-    return Comparison(before=mean_before, after=mean_after, standard_error=(variance / count) ** 0.5)
+        gains.setdefault(old[0].question.problem.question, []).append(means[-1][1] - means[-1][0])
+    mean_before, mean_after = (fmean(side) for side in zip(*means, strict=True))
+    error = stdev(map(fmean, gains.values())) / len(gains) ** 0.5
+    return Comparison(before=mean_before, after=mean_after, standard_error=error)

@@ -113,6 +113,9 @@ def fine_tune(
     Args:
         on_step: called after each step with (steps done, loss, learning rate); the loss is the cross-entropy,
             nats per target token.
+
+    Raises:
+        UserError: the loss is not finite.
     """
     optimizer = build_optimizer(model, optimizer_settings)
     device = next(model.parameters()).device
@@ -123,8 +126,21 @@ def fine_tune(
             group["lr"] = learning_rate
         batch = DftBatch(*(part.to(device) for part in batches.batch(step)))
         output = model.loss(batch.tokens_1S1, batch.mask_1S, batch.documents_1S1)
+        require_finite(float(output.cross_entropy), optimizer_settings.learning_rate, f"step {step + 1}")
         optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer_settings.gradient_clip)
         optimizer.step()
         on_step(step + 1, float(output.cross_entropy), learning_rate)
+
+
+def require_finite(loss: float, learning_rate: float, where: str) -> None:
+    """Stop what has diverged.
+
+    Raises:
+        UserError: `loss` is not finite.
+    """
+    if not math.isfinite(loss):
+        raise UserError(
+            f"learning_rate: {learning_rate:g} is too high, the loss is {loss} at {where}; choose a lower one"
+        )

@@ -13,6 +13,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from ling_flow.alignment.dft import require_finite
 from ling_flow.alignment.lpo import LpoBatch, collate, kl_to_reference, lpo_loss
 from ling_flow.alignment.rollouts import Group, minibatches, sample_groups
 from ling_flow.alignment.settings import LpoSettings
@@ -39,6 +40,9 @@ def align(
             without in turn.
         seed: of the sampling.
         on_rollout: called after each rollout's updates with (rollout, what happened).
+
+    Raises:
+        UserError: a loss is not finite.
     """
     optimizer = build_optimizer(
         model,
@@ -78,6 +82,7 @@ def align(
                 divergence = kl_to_reference(logprob_BR, reference_BR, batch)
                 loss = loss + settings.kl_coefficient * divergence
                 kl.append(float(divergence.detach()))
+            require_finite(float(loss.detach()), settings.learning_rate, f"rollout {rollout + 1}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)

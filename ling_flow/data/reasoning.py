@@ -186,11 +186,11 @@ def problems(specs: Iterable[TaskSpec], count: int, seed: int, split: Split = "t
 
 def problem_stream(specs: Iterable[TaskSpec], seed: str, split: Split) -> Iterator[Problem]:
     """The problems behind `problems`: endless for `train`, until nothing new turns up for `held_out`."""
-    open_tasks = {
-        (spec.name, level): (spec.weight / len(spec.difficulties), _draws(spec.name, level, f"{seed}/{split}"))
-        for spec in specs
-        for level in spec.difficulties
-    }
+    weights: dict[tuple[str, int], float] = {}
+    for spec in specs:
+        for level in spec.difficulties:
+            weights[spec.name, level] = weights.get((spec.name, level), 0.0) + spec.weight / len(spec.difficulties)
+    open_tasks = {task: (weight, _draws(*task, f"{seed}/{split}")) for task, weight in weights.items()}
     if not open_tasks:
         raise UserError("tasks: must name at least one task")
     rng = random.Random(f"{seed}/{split}/mixture")
@@ -246,7 +246,7 @@ def score(problem: Problem, answer_text: str) -> float:
 
 def _numbers(text: str) -> list[int] | None:
     text = text.strip()
-    if not re.fullmatch(r"[+-]?[0-9]+( ?, ?[+-]?[0-9]+)*", text):
+    if not re.fullmatch(r"[+-]?[0-9]{1,1000}( ?, ?[+-]?[0-9]{1,1000})*", text):  # Python reads no longer ones
         return None
     return [int(number) for number in text.split(",")]
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from ling_flow.config import StrictModel
 from ling_flow.errors import UserError
 
+ROUNDING = 1e-9  # 0.7 - 0.8 is a little less than -0.1
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
@@ -73,7 +74,7 @@ def _judge(index: int, gate: Gate, metrics: Mapping[str, float], champion: Mappi
         best = None
     else:
         change = value - best if gate.comparison in (">=", ">") else best - value
-        passed = passed and change >= gate.min_change
+        passed = passed and change >= gate.min_change - ROUNDING
         reason += f"; {change:+.4g} better than the champion's {best:.4g}, asked at least {gate.min_change:+.4g}"
     sentence = f"{'passed' if passed else 'failed'}: {reason}"
     return GateVerdict(gate=gate, passed=passed, value=value, champion=best, sentence=sentence)

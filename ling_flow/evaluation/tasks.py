@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ling_flow.data.chat import encode_prompt
 from ling_flow.data.reasoning import Problem
 from ling_flow.data.tokenizer import Tokenizer
+from ling_flow.errors import UserError
 from ling_flow.evaluation.graders import Grade, grade
 from ling_flow.generation.engine import generate
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
@@ -45,6 +46,24 @@ def prompt_tokens(problem: Problem, thinking: bool, tokenizer: Tokenizer) -> lis
     return encode_prompt(tokenizer, [{"role": "user", "content": problem.question}], thinking)
 
 
+def prompts_of(
+    questions: Sequence[Question], tokenizer: Tokenizer, max_new_tokens: int, context: int
+) -> list[list[int]]:
+    """The tokens that ask each question.
+
+    Raises:
+        UserError: `max_new_tokens` more do not fit a context of so many tokens.
+    """
+    prompts = [prompt_tokens(question.problem, question.thinking, tokenizer) for question in questions]
+    longest = max(map(len, prompts), default=0)
+    if longest + max_new_tokens > context:
+        raise UserError(
+            f"max_new_tokens: {max_new_tokens} do not fit the model's context of {context} tokens beside a prompt of "
+            f"{longest}; give at most {context - longest}"
+        )
+    return prompts
+
+
 def ask(
     model: BailingMoeV2ForCausalLM,
     tokenizer: Tokenizer,
@@ -63,7 +82,7 @@ def ask(
         seed: of the sampling; the same questions with the same seed and model give the same answers.
         on_progress: called with (answered, all) after each batch.
     """
-    prompts = [prompt_tokens(question.problem, question.thinking, tokenizer) for question in questions]
+    prompts = prompts_of(questions, tokenizer, max_new_tokens, model.config.max_position_embeddings)
     # Thinking and instant answers differ much in length: batches of one kind waste fewer steps.
     order = sorted(range(len(questions)), key=lambda index: questions[index].thinking)
     answers: dict[int, Answer] = {}

@@ -164,7 +164,7 @@ class Component:
     resumable: bool
     label: Callable[[Any], str] | None
     resolve: Callable[[Any], Any] | None
-    still_valid: Callable[[Any, Path], bool] | None
+    still_valid: Callable[[Any, Any, Path], bool] | None
     runs_on: RunsOn | Callable[[Any], RunsOn]
     planner: bool
 
@@ -256,7 +256,7 @@ def component(
     resumable: bool = False,
     label: Callable[[Any], str] | None = None,
     resolve: Callable[[Any], Any] | None = None,
-    still_valid: Callable[[Any, Path], bool] | None = None,
+    still_valid: Callable[[Any, Any, Path], bool] | None = None,
     runs_on: RunsOn | Callable[[Any], RunsOn] = "process",
     planner: bool = False,
 ) -> Callable[[Callable[..., Any]], Component]:
@@ -267,8 +267,8 @@ def component(
         resumable: the output directories still hold what a killed earlier try wrote; otherwise they start empty.
         label: config → the step's name for people, where one component serves several steps.
         resolve: config → config, pins outside content (file digests) before the fingerprint is computed.
-        still_valid: (result, root) → whether the side effect of a finished step (a registered version, an endpoint)
-            is still there.
+        still_valid: (config, result, root) → whether the side effect of a finished step (a registered version, an
+            endpoint) still stands as `config` asks for it.
         runs_on: process: always in place. job: heavy, may become a Ray job, which then reserves `resources`. ray: the
             same, but asks Ray for workers, so that the job itself reserves nothing. Or config → one of them.
         planner: a cheap pure function of its config that resolves the configs of other components; it has no artifacts.

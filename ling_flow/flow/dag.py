@@ -210,7 +210,7 @@ def _resolve(
         inputs[name] = store.ref(producer.component.name, producer.fingerprint, edge["outputArtifactKey"])
         upstream[producer.label] = producer
     key = fingerprint(component.name, component.version, config, identities)
-    cached, reason, made_by = _judge(component, label, key, identity_of(config), upstream, store, rebuild)
+    cached, reason, made_by = _judge(component, config, label, key, upstream, store, rebuild)
     needs = tuple(nodes[name].label for name in nodes if name in spec.get("dependentTasks", ()))
     return Node(task, label, component, config, inputs, key, cached, reason, made_by, needs)
 
@@ -236,9 +236,9 @@ def _whole(value: Any) -> Any:
 
 def _judge(
     component: Component,
+    config: BaseModel,
     label: str,
     key: str,
-    identity: Mapping[str, Any],
     upstream: Mapping[str, Node],
     store: ArtifactStore,
     rebuild: frozenset[str],
@@ -248,17 +248,21 @@ def _judge(
         return False, "asked for by --rebuild", ""
     manifest = store.manifest(component.name, key)
     if manifest is None:
-        return False, _why_missing(component, label, key, identity, upstream, store), ""
+        return False, _why_missing(component, label, key, identity_of(config), upstream, store), ""
     store.check_sizes(manifest)
     result = parse(
         component.result_model, manifest.result, f"{store.root}/{component.name}/{key}/manifest.json: result"
     )
     try:
-        stands = component.still_valid is None or component.still_valid(result, store.local)
+        stands = component.still_valid is None or component.still_valid(config, result, store.local)
     except SystemFault as error:  # the step will ask again
         return True, f"done before, but whether its effect still stands is not known: {error}", manifest.code_version
     if not stands:
-        return False, "its effect is gone: the registered version or the endpoint it made is no longer the one", ""
+        return (
+            False,
+            "its effect is gone: the registered version or the endpoint it made is no longer the one that is asked for",
+            "",
+        )
     if manifest.code_version != code_version():
         return True, f"made by other code, {manifest.code_version}; --rebuild {label} redoes it", manifest.code_version
     return True, "", manifest.code_version

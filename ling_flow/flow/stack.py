@@ -19,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,7 +47,7 @@ from ling_flow.flow.stack_settings import (
     s3_ports,
     user_environment,
 )
-from ling_flow.ports import claim_port
+from ling_flow.ports import claim_port, direct
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
@@ -422,7 +421,7 @@ def _mlflow_answers(ports: Ports) -> bool:
 
 def _http_answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        with direct.open(url, timeout=5):
             return True
     except OSError:
         return False

@@ -80,7 +80,7 @@ class Identified:
 
     def find(self) -> Outcome | None:
         """The step's finished artifact, if it is there and its side effects still stand."""
-        return _find(self.component, self.label, self.key, self.store)
+        return _find(self.component, self.config, self.label, self.key, self.store)
 
 
 def identify(
@@ -148,7 +148,7 @@ def run_step(
         with store.lock(
             component.name, key, lambda: events.emit("log", step=label, text="waiting: another process makes it")
         ):
-            outcome = None if rebuild else _find(component, label, key, store)  # made while we waited
+            outcome = None if rebuild else _find(component, config, label, key, store)  # made while we waited
             if outcome is None:
                 given, sources = _open_inputs(refs, cache)
                 if tracker is None:
@@ -216,7 +216,7 @@ def _open_inputs(refs: Mapping[str, Ref], cache: Path) -> tuple[dict[str, Input[
     return inputs, sources
 
 
-def _find(component: Component, label: str, key: str, store: ArtifactStore) -> Outcome | None:
+def _find(component: Component, config: Any, label: str, key: str, store: ArtifactStore) -> Outcome | None:
     """The step's finished artifact, if it is there and its side effects still stand."""
     manifest = store.manifest(component.name, key)
     if manifest is None:
@@ -226,8 +226,10 @@ def _find(component: Component, label: str, key: str, store: ArtifactStore) -> O
         outcome = _outcome(component, label, manifest, store, cached=True)
     except UserError as error:
         raise UserError(f"{error}; it was made by other code, run again with --rebuild {label}") from None
-    if component.still_valid and not component.still_valid(outcome.result, store.local):
-        events.emit("log", step=label, text="was done before, but its effect is gone: doing it again")
+    if component.still_valid and not component.still_valid(config, outcome.result, store.local):
+        events.emit(
+            "log", step=label, text="was done before, but its effect is gone, or is asked for elsewhere: doing it again"
+        )
         return None
     return outcome
 

@@ -5,7 +5,7 @@ Shapes: B active sequences, S prompt slots, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from ling_flow.errors import UserError
 from ling_flow.model.attention import KVCache
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below are taken for 0: logits divided by less leave float32."""
 
 
 @dataclass
@@ -75,7 +78,7 @@ def stream(
     stop_ids: Collection[int],
     seed: int,
     top_p: float = 1.0,
-) -> Iterator[int]:
+) -> Generator[int]:
     """The tokens that `generate` returns for one prompt, each as soon as it is chosen."""
     for step in decode(model, [prompt], max_new_tokens, temperature, stop_ids, seed, top_p):
         yield step.tokens[0]
@@ -118,8 +121,11 @@ def decode(
     running = set(batch)
     for count in range(1, max_new_tokens + 1):
         logits_BV = model.lm_head(hidden_BD).float()
+        normaliser_B = logits_BV.logsumexp(1)
+        if not normaliser_B.isfinite().all():
+            raise UserError("the model's logits are not finite: its learning rate was too high, or weights are damaged")
         tokens_B = _choose(logits_BV, temperature, top_p, generator)
-        logprobs_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - logits_BV.logsumexp(1)
+        logprobs_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - normaliser_B
         tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
         places = [place for place, row in enumerate(batch) if row in running]
         yield Step(
@@ -141,13 +147,15 @@ def decode(
 
 def _choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """One token (B) per row."""
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return logits_BV.argmax(1)
     probabilities_BV = torch.softmax(logits_BV / temperature, 1)
     if top_p < 1:
         sorted_BV, order_BV = probabilities_BV.sort(stable=True, dim=1, descending=True)
         before_BV = sorted_BV.cumsum(1) - sorted_BV
-        probabilities_BV = torch.zeros_like(probabilities_BV).scatter_(1, order_BV, sorted_BV * (before_BV < top_p))
+        kept_BV = before_BV < top_p
+        kept_BV[:, 0] = True  # also where top_p is nothing in float32
+        probabilities_BV = torch.zeros_like(probabilities_BV).scatter_(1, order_BV, sorted_BV * kept_BV)
     # One uniform number per row, by the inverse of the distribution function: torch.multinomial draws one per
     # vocabulary entry.
     cumulative_BV = probabilities_BV.cumsum(1, dtype=torch.float64)

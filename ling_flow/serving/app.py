@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from ling_flow.errors import UserError
 from ling_flow.serving.chat import ChatModel, Completion, answer, chunks
 from ling_flow.serving.protocol import ChatRequest
+
+LOOK_SECONDS = 0.5  # between two looks whether the client is still there
 
 
 def build_app(chat: ChatModel, model_name: str, fingerprint: str) -> FastAPI:
@@ -21,17 +26,17 @@ def build_app(chat: ChatModel, model_name: str, fingerprint: str) -> FastAPI:
     app = FastAPI(title="ling_flow", docs_url=None, redoc_url=None)
     started = int(time.time())
 
-    # Plain functions: FastAPI runs them on threads, so that /health answers while tokens are computed.
+    # Tokens are computed on threads, so that /health answers meanwhile.
     @app.post("/v1/chat/completions", response_model=None)
-    def complete(request: ChatRequest) -> Any:
+    async def complete(request: ChatRequest, connection: Request) -> Any:
         if request.model not in (None, model_name):
             message = f"model: {request.model!r} is not served here; {model_name!r} is"
             return _error(404, message, "model", "model_not_found")
-        completion = chat.start(request)
+        completion = await run_in_threadpool(chat.start, request)
         if request.stream:
             events = _events(completion, model_name, request.stream_options.include_usage)
             return StreamingResponse(events, media_type="text/event-stream")
-        return answer(completion, model_name)
+        return await _whole(completion, model_name, connection)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -60,15 +65,33 @@ def build_app(chat: ChatModel, model_name: str, fingerprint: str) -> FastAPI:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "unknown or unsupported field"
+        if first["type"] == "json_invalid":
+            field, message = "", f"the body is not valid JSON: {first['ctx']['error']}"
         return _error(400, f"{field}: {message}" if field else message, field or None, None)
+
+    @app.exception_handler(HTTPException)
+    def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, error.detail, None, None)
 
     return app
 
 
-def _events(completion: Completion, model_name: str, include_usage: bool) -> Iterator[str]:
-    for chunk in chunks(completion, model_name, include_usage):
-        yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-    yield "data: [DONE]\n\n"
+async def _whole(completion: Completion, model_name: str, connection: Request) -> dict[str, Any]:
+    """The whole answer; one that nobody waits for any more is not written to its end."""
+    writing = asyncio.ensure_future(run_in_threadpool(answer, completion, model_name))
+    while not (await asyncio.wait({writing}, timeout=LOOK_SECONDS))[0]:
+        if await connection.is_disconnected():
+            completion.close()
+    return await writing
+
+
+async def _events(completion: Completion, model_name: str, include_usage: bool) -> AsyncIterator[str]:
+    try:
+        async for chunk in iterate_in_threadpool(chunks(completion, model_name, include_usage)):
+            yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        yield "data: [DONE]\n\n"
+    finally:
+        completion.close()
 
 
 def _error(status: int, message: str, param: str | None, code: str | None) -> JSONResponse:

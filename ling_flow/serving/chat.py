@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ling_flow.data.chat import encode_prompt
 from ling_flow.data.tokenizer import Tokenizer
@@ -21,7 +24,7 @@ from ling_flow.serving.tools import Call, split_calls
 
 class Completion:
     """One answer while it is written. Iterate over it once for its pieces and calls of tools; the counts and the finish
-    reason are final afterwards."""
+    reason are final afterwards. `close` it where nobody waits for it any more."""
 
     def __init__(
         self, model: BailingMoeV2ForCausalLM, tokenizer: Tokenizer, request: ChatRequest, prompt: list[int], length: int
@@ -36,6 +39,13 @@ class Completion:
         self._stop_ids = tokenizer.stop_ids
         self._text = TextStream(tokenizer.decode, request.stop)
         self._may_call = bool(request.offered_tools)
+        self._closed = False
+
+    def close(self) -> None:
+        """Write no further token, and free what the answer holds; from any thread."""
+        self._closed = True
+        with contextlib.suppress(ValueError):  # a token is being computed in another thread, which then ends by itself
+            self._tokens.close()
 
     def __iter__(self) -> Iterator[Piece | Call]:
         parts = split_calls(self._pieces()) if self._may_call else self._pieces()
@@ -57,6 +67,9 @@ class Completion:
             if self._text.stopped:
                 self.finish_reason = "stop"
                 break
+            if self._closed:
+                break
+        self._tokens.close()
         yield from splitter.push(self._text.flush())
         yield from splitter.flush()
 
@@ -80,12 +93,13 @@ class ChatModel:
 
     @classmethod
     def load(cls, directory: Path) -> ChatModel:
-        """Read a Hugging Face checkpoint directory.
+        """Read a Hugging Face checkpoint directory, onto the GPU if there is one.
 
         Raises:
             UserError: a file is missing or damaged.
         """
-        return cls(load_pretrained(directory), Tokenizer.load(directory))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(load_pretrained(directory, device), Tokenizer.load(directory))
 
     def start(self, request: ChatRequest) -> Completion:
         """Check a request and make its answer, of which nothing is computed yet.

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ling_flow.config import StrictModel
 
+
+def _is_unicode(value: Any) -> Any:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is not valid Unicode") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
 _SWITCH = {"detailed thinking on": True, "detailed thinking off": False}
 
 
@@ -15,14 +26,14 @@ class TextPart(StrictModel):
     """One piece of a message's content."""
 
     type: Literal["text"] = Field(description="only text is understood")
-    text: str = Field(description="the text")
+    text: Text = Field(description="the text")
 
 
 class CalledFunction(StrictModel):
     """What a call calls."""
 
-    name: str = Field(min_length=1, description="name of the function")
-    arguments: str = Field(description="JSON text of its arguments")
+    name: Text = Field(min_length=1, description="name of the function")
+    arguments: Text = Field(description="JSON text of its arguments")
 
 
 class ToolCall(StrictModel):
@@ -37,8 +48,10 @@ class Function(StrictModel):
     """A function that the model may have called."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="its name")
-    description: str | None = Field(default=None, description="what it does, for the model")
-    parameters: dict[str, Any] | None = Field(default=None, description="JSON schema of its arguments, for the model")
+    description: Text | None = Field(default=None, description="what it does, for the model")
+    parameters: Annotated[dict[str, Any], AfterValidator(_is_unicode)] | None = Field(
+        default=None, description="JSON schema of its arguments, for the model"
+    )
     strict: Literal[False] | None = Field(default=None, description="arguments are never held to the schema")
 
 
@@ -53,11 +66,16 @@ class ChatMessage(StrictModel):
     """One turn of the conversation."""
 
     role: Literal["system", "user", "assistant", "tool"] = Field(description="who speaks")
-    content: str | None = Field(default=None, description="what is said: text, or a list of text parts")
+    content: Text | None = Field(default=None, description="what is said: text, or a list of text parts")
     tool_calls: list[ToolCall] | None = Field(default=None, description="an assistant's calls, as they were returned")
     tool_call_id: str | None = Field(default=None, description="role tool: the call that this is the response to")
-    reasoning_content: str | None = Field(default=None, description="an assistant's reasoning, as it was returned")
+    reasoning_content: Text | None = Field(default=None, description="an assistant's reasoning, as it was returned")
     name: str | None = Field(default=None, description="who speaks, for the client; the model does not see it")
+    # Null in every message that a client of OpenAI returns as it was given.
+    refusal: None = Field(default=None, description="null")
+    annotations: None = Field(default=None, description="null")
+    audio: None = Field(default=None, description="null")
+    function_call: None = Field(default=None, description="null")
 
     @field_validator("content", mode="before")
     @classmethod
@@ -81,6 +99,12 @@ class TemplateSettings(StrictModel):
     """Variables of the chat template."""
 
     enable_thinking: bool = Field(default=False, description="whether the model reasons before it answers")
+
+
+class TextFormat(StrictModel):
+    """The one format of an answer."""
+
+    type: Literal["text"] = Field(description="only text is written")
 
 
 class StreamOptions(StrictModel):
@@ -107,6 +131,12 @@ class ChatRequest(StrictModel):
     tool_choice: Literal["none", "auto"] = Field(default="auto", description="whether it may; none hides the tools")
     chat_template_kwargs: TemplateSettings = Field(default=TemplateSettings(), description="template variables")
     user: str | None = Field(default=None, description="the client's own user id; not used")
+    # What clients send that set every field; any other value is refused.
+    logprobs: Literal[False] | None = Field(default=None, description="false: none are returned")
+    frequency_penalty: float | None = Field(default=None, ge=0, le=0, description="0: there is none")
+    presence_penalty: float | None = Field(default=None, ge=0, le=0, description="0: there is none")
+    response_format: TextFormat | None = Field(default=None, description="type text")
+    store: Literal[False] | None = Field(default=None, description="false: nothing is kept")
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -64,16 +65,18 @@ def run_until_signal(
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "ling_flow"}
     temporary = None
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        # A directory of its own keeps this cluster apart from any other on the machine. Ray picks free ports by itself.
-        temporary = tempfile.mkdtemp(prefix="lf-")
-        start_private_ray(1, OBJECT_STORE_BYTES, _temp_dir=temporary, **quiet)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # while Ray starts
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # A directory of its own keeps this cluster apart from any other here. Ray picks free ports by itself.
+            temporary = tempfile.mkdtemp(prefix="lf-")
+            start_private_ray(1, OBJECT_STORE_BYTES, _temp_dir=temporary, **quiet)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         logging = {"log_level": "ERROR"}
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=logging)
         try:

@@ -8,19 +8,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
 from ling_flow.config import StrictModel, parse
 from ling_flow.daemon import Daemon
-from ling_flow.errors import SystemFault, UserError
-from ling_flow.ports import claim_port, port_is_free
+from ling_flow.errors import LingFlowError, SystemFault, UserError
+from ling_flow.ports import claim_port, direct, port_is_free
 
 FIRST_PORT = 8000
 START_SECONDS = 300.0  # a large checkpoint, or a busy machine, takes its time
@@ -37,6 +35,17 @@ class Endpoint(StrictModel):
     model_dir: str = Field(description="checkpoint directory it serves")
     version: int | None = Field(description="registered model version, null where it did not come from the registry")
     log: str = Field(description="file with its output")
+
+
+class Started(NamedTuple):
+    """An endpoint that answers.
+
+    Attributes:
+        before: the one that answered before under its name; the same where there was nothing to start.
+    """
+
+    endpoint: Endpoint
+    before: Endpoint | None
 
 
 class EndpointStatus(StrictModel):
@@ -82,11 +91,12 @@ def start_detached(
     port: int | None = None,
     host: str = LOCALHOST,
     version: int | None = None,
-) -> Endpoint:
+) -> Started:
     """Start a background endpoint called `model_name` and wait until it answers.
 
     An endpoint of that name that serves something else, or does not answer, is stopped first and its port used again;
-    one that serves the same artifact is returned as it is.
+    one that serves the same artifact there stays as it is. Where the new one does not come up, the old one is started
+    again.
 
     Raises:
         UserError: no checkpoint there, or the port is taken.
@@ -94,15 +104,48 @@ def start_detached(
     """
     _check_model_dir(model_dir)
     old = endpoint_status(model_name, home)
+    old_host, old_port = _address(old.endpoint) if old else (host, None)
+    same_place = old_host == host and port in (None, old_port)
+    if old is not None and old.healthy and old.endpoint.fingerprint == fingerprint and same_place:
+        return Started(old.endpoint, old.endpoint)
+    if port not in (None, old_port):
+        _require_free(port, host)  # before anything is stopped
+    replaced = old.endpoint if old is not None and old.healthy else None
     if old is not None:
-        same_place = port is None or old.endpoint.url == f"http://{host}:{port}"
-        if old.healthy and old.endpoint.fingerprint == fingerprint and same_place:
-            return old.endpoint
         stop_endpoint(model_name, home)
-        if port is None and port_is_free(old_port := int(old.endpoint.url.rpartition(":")[2]), host):
+        if port is None and old_port is not None and port_is_free(old_port, host):
             port = old_port
-    with _chosen_port(port, host) as chosen:
-        return _start(model_dir, model_name, fingerprint, home, chosen, host, version)
+    try:
+        with _chosen_port(port, host) as chosen:
+            return Started(_start(model_dir, model_name, fingerprint, home, chosen, host, version), replaced)
+    except LingFlowError as error:
+        if replaced is None:
+            raise
+        _start_again(replaced, home)
+        raise type(error)(f"{error}; {replaced.url} serves what it did before") from error
+
+
+def take_back(started: Started, home: Path) -> None:
+    """Undo a start: what was served before is served again, if there was something.
+
+    Raises:
+        SystemFault: it did not come up again.
+    """
+    if started.endpoint == started.before:
+        return
+    stop_endpoint(started.endpoint.name, home)
+    if started.before is not None:
+        _start_again(started.before, home)
+
+
+def _start_again(endpoint: Endpoint, home: Path) -> None:
+    host, port = _address(endpoint)
+    _start(Path(endpoint.model_dir), endpoint.name, endpoint.fingerprint, home, port, host, endpoint.version)
+
+
+def _address(endpoint: Endpoint) -> tuple[str, int]:
+    host, _, port = endpoint.url.removeprefix("http://").rpartition(":")
+    return host, int(port)
 
 
 def _start(
@@ -185,8 +228,7 @@ def _check_model_dir(model_dir: Path) -> None:
 def _chosen_port(port: int | None, host: str) -> Iterator[int]:
     """The port to listen on; while the block lasts, no other process that looks for a free one takes it."""
     if port is not None:
-        if not port_is_free(port, host):
-            raise UserError(f"port: {port} is taken on {host}; choose another, or none to get the first free one")
+        _require_free(port, host)
         yield port
         return
     for candidate in range(FIRST_PORT, 65536):
@@ -196,6 +238,11 @@ def _chosen_port(port: int | None, host: str) -> Iterator[int]:
                 yield candidate
             return
     raise SystemFault(f"no port from {FIRST_PORT} on is free on {host}")
+
+
+def _require_free(port: int, host: str) -> None:
+    if not port_is_free(port, host):
+        raise UserError(f"port: {port} is taken on {host}; choose another, or none to get the first free one")
 
 
 def served_fingerprint(url: str) -> str | None:
@@ -212,6 +259,6 @@ def _serves(endpoint: Endpoint) -> bool:
 
 
 def _get_json(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(url, timeout=5) as response:
+    with direct.open(url, timeout=5) as response:
         answer = json.load(response)
     return answer if isinstance(answer, dict) else {}

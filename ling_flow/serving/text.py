@@ -39,6 +39,8 @@ class TextStream:
         if found:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
+            self._tokens.clear()  # what the last token begins comes after the stop text
+            self._taken = 0
             return text
         keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

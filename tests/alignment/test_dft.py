@@ -66,6 +66,19 @@ def test_schedule() -> None:
     assert 0 < factors[-1] < 0.02
 
 
+def test_a_rate_that_is_too_high_is_told() -> None:
+    examples = [example for problem in easy_problems(20) for example in dft_examples(problem, tokenizer())]
+    with pytest.raises(UserError, match=r"learning_rate: 1e\+20 is too high, the loss is nan at step \d"):
+        fine_tune(
+            model(),
+            DftBatches(examples, examples_per_batch=16, seed=0, max_tokens=160),
+            steps=5,
+            warmup_steps=1,
+            optimizer_settings=OptimizerSettings(learning_rate=1e20),
+            on_step=lambda step, loss, rate: None,
+        )
+
+
 def test_fine_tuning_teaches_the_switch() -> None:
     # A random model learns in a few steps to open a block or not, by the system prompt alone.
     problems = easy_problems(200)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,9 +18,9 @@ SETTINGS = LpoSettings(
 )
 
 
-def answer(length: int, correct: bool = False, obeyed: bool = True) -> Answer:
+def answer(length: int, correct: bool = False, obeyed: bool = True, problem: int = 0) -> Answer:
     return Answer(
-        question=Question(easy_problems(1)[0], thinking=False),
+        question=Question(easy_problems(problem + 1)[problem], thinking=False),
         prompt=[1, 2],
         tokens=[3] * length,
         logprobs=[-1.0] * length,
@@ -75,8 +77,8 @@ def test_minibatches_hold_whole_groups_that_teach() -> None:
 
 def test_compare_scores_both_sides_in_one_group() -> None:
     # Equal lengths on each side: scored apart, both would look equally brief.
-    before = [[answer(10, True), answer(10, True)], [answer(10, True), answer(10, True)]]
-    after = [[answer(4, True), answer(4, True)], [answer(10, True), answer(10, False)]]
+    before = [[answer(10, True, problem=problem)] * 2 for problem in range(2)]
+    after = [[answer(4, True)] * 2, [answer(10, right, problem=1) for right in (True, False)]]
     found = compare(before, after, RewardSettings())
     # First prompt: 0.75 against 1.25. Second, pass rate 3/4, no spread in length: 1.25 against (1.25 + 0)/2.
     assert found.before == pytest.approx((0.75 + 1.25) / 2)
@@ -84,6 +86,12 @@ def test_compare_scores_both_sides_in_one_group() -> None:
     assert found.gain == pytest.approx(-0.0625)
     # Differences +0.5 and -0.625: standard deviation 0.7955, over √2.
     assert found.standard_error == pytest.approx(0.5625)
+    # Both again, with thinking: no more problems, so no more certainty.
+    twice = [
+        [*side, *([replace(each, question=replace(each.question, thinking=True)) for each in group] for group in side)]
+        for side in (before, after)
+    ]
+    assert compare(*twice, RewardSettings()) == found
 
 
 @pytest.mark.parametrize("kl_coefficient", [0.0, 0.1])

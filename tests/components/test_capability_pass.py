@@ -35,6 +35,11 @@ def test_learns_the_switch_and_leaves_a_whole_model(base: str, corpus: str, tmp_
     assert (again.outputs["model"] / weights).read_bytes() == (made / weights).read_bytes()
 
 
+def test_answers_that_do_not_fit_are_refused_before_it_trains(base: str, corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"max_new_tokens: 5000 do not fit .* give at most \d+"):
+        capability_pass({**CONFIG, "max_new_tokens": 5000, "steps": 10**6}, root=tmp_path, base=base, corpus=corpus)
+
+
 def test_another_corpus_tokenizer_is_refused(base: str, tmp_path: Path) -> None:
     other = micro_corpus({"seed": 1}, root=tmp_path).refs["corpus"]
     with pytest.raises(UserError, match=r"tokenizer is .*; give the corpus that the model was trained on"):

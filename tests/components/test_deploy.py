@@ -1,4 +1,5 @@
 import json
+import socket
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield tmp_path
     stop_all(tmp_path)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def registration(seed: int, well_formed: float) -> str:
@@ -64,6 +71,15 @@ def test_the_champion_is_served_replaced_and_proven(home: Path, monkeypatch: pyt
     assert written["answer"]["usage"]["completion_tokens"] > 0
     assert (written["model_uri"], written["endpoint"]["url"]) == ("models:/ling-tiny/1", result.url)
     assert deploy({}, registration=first).cached
+    with pytest.raises(UserError, match=r"refused the request that should prove it: 400 .*max_tokens: 5000"):
+        deploy({"max_tokens": 5000}, registration=first)
+    assert deploy({}, registration=first).cached  # what this step did not start stays
+
+    elsewhere = {"port": _free_port()}
+    moved = deploy(elsewhere, registration=first)
+    assert not moved.cached and moved.result.url == f"http://127.0.0.1:{elsewhere['port']}"
+    assert deploy(elsewhere, registration=first).cached
+    result = moved.result
 
     second = deploy({}, registration=registration(1, 0.9)).result  # replaced in its place
     assert (second.model_version, second.url) == (2, result.url)
@@ -72,13 +88,15 @@ def test_the_champion_is_served_replaced_and_proven(home: Path, monkeypatch: pyt
     assert status is not None and status.healthy and status.endpoint.version == 2
 
     registry, still = Registry.of(Context.from_environment()), deploy.still_valid
-    assert still is not None and still(second, home)
+    config = deploy.parse_config({})
+    assert still is not None and still(config, second, home)
+    assert not still(deploy.parse_config({"rayservice": "chat"}), second, home)
     registry.rollback("ling-tiny", "users complained")
-    assert not still(second, home)  # the alias has moved: the next run deploys
+    assert not still(config, second, home)  # the alias has moved: the next run deploys
     again_champion = registry.version("ling-tiny", 2)
     assert again_champion is not None
     registry.promote(again_champion, (), "they were wrong", by_hand=True)
-    assert still(second, home)
+    assert still(config, second, home)
 
     failed = deploy({}, registration=registration(2, 0.1)).result  # not the champion: version 2 stays
     assert (failed.model_version, failed.fingerprint) == (2, second.fingerprint)

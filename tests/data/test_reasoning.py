@@ -113,6 +113,8 @@ def test_weights_decide_how_often_a_task_is_drawn() -> None:
     specs = [TaskSpec(name="chain_sum", weight=9), TaskSpec(name="gcd", weight=1)]
     sums = sum(problem.task == "chain_sum" for problem in problems(specs, 500, seed=0))
     assert 420 < sums < 480
+    in_parts = [TaskSpec(name="chain_sum", weight=4), *specs[1:], TaskSpec(name="chain_sum", weight=5)]
+    assert sum(problem.task == "chain_sum" for problem in problems(in_parts, 500, seed=0)) == sums
 
 
 def test_a_wrong_answer_of_ours_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +137,7 @@ def test_a_wrong_answer_of_ours_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
         ("7, 42", "7,42", 1.0),
         ("7, 42", "42, 7", 0.0),
         ("7, 42", "7, 41", 0.0),
+        ("85", "1" * 5000, 0.0),
     ],
 )
 def test_score(answer: str, text: str, expected: float) -> None:

@@ -34,6 +34,8 @@ def test_negative_min_change_tolerates_a_small_loss() -> None:
     gate = Gate(metric="m", threshold=0.0, min_change=-0.02)
     assert judge([gate], {"m": 0.49}, {"m": 0.5})[0].passed
     assert not judge([gate], {"m": 0.47}, {"m": 0.5})[0].passed
+    exactly = Gate(metric="m", threshold=0.5, min_change=-0.1)
+    assert judge([exactly], {"m": 0.7}, {"m": 0.8})[0].passed  # 0.7 - 0.8 < -0.1 in binary
 
 
 def test_no_champion_yet_asks_no_change() -> None:

@@ -2,8 +2,11 @@
 
 import json
 import threading
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from ling_flow.data.chat import encode_prompt
 from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.generation.engine import generate
 from ling_flow.model.hf import load_pretrained
+from ling_flow.serving import chat
 from ling_flow.serving.chat import ChatModel
 from tests.serving.client import post, serving
 
@@ -25,6 +29,10 @@ ANSWER, REASONING = "The answer is 7.", "3 + 4\n= 7"
 def url(checkpoint: Path) -> Iterator[str]:
     with serving(ChatModel.load(checkpoint)) as url:
         yield url
+
+
+def tool_called(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": {"properties": {name: {}}}}}
 
 
 def ask(url: str, **fields: Any) -> dict[str, Any]:
@@ -156,7 +164,11 @@ def test_requests_at_the_same_time_do_not_disturb_each_other(url: str) -> None:
         (b"{", 400, None, "JSON"),
         ({"messages": []}, 400, "messages", "messages: "),
         ({"messages": QUESTION, "temperature": "hot"}, 400, "temperature", "temperature: "),
-        ({"messages": QUESTION, "logprobs": True}, 400, "logprobs", "logprobs: unknown or unsupported field"),
+        ({"messages": QUESTION, "logprobs": True}, 400, "logprobs", "logprobs: Input should be False"),
+        ({"messages": QUESTION, "frequency_penalty": 1}, 400, "frequency_penalty", "less than or equal to 0"),
+        ({"messages": QUESTION, "top_k": 1}, 400, "top_k", "top_k: unknown or unsupported field"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, None, "half of a surrogate pair"),
+        ({"messages": QUESTION, "tools": [tool_called("x\udc00")]}, 400, None, "half of a surrogate pair"),
         ({"messages": QUESTION, "model": "gpt"}, 404, "model", "model: 'gpt' is not served here; 'micro' is"),
         ({"messages": [{"role": "system", "content": "detailed thinking on"}]}, 400, "messages", "messages: hold"),
     ],
@@ -168,6 +180,60 @@ def test_bad_requests(url: str, body: Any, status: int, param: str | None, messa
     assert message in error["message"]
     if param is not None:
         assert error["param"] == param
+
+
+def test_what_is_not_there_is_told_as_any_error(url: str) -> None:
+    for path in ("/v1/embeddings", "/v1/chat/completions"):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(url + path, timeout=30)  # GET
+        assert json.load(caught.value)["error"]["type"] == "invalid_request_error"
+
+
+def test_the_least_temperature_and_top_p_are_greedy(url: str) -> None:
+    greedy = ask(url)["choices"]
+    assert ask(url, temperature=1e-38)["choices"] == ask(url, temperature=1, top_p=1e-300)["choices"] == greedy
+
+
+def test_values_that_change_nothing_are_taken(url: str) -> None:
+    neutral = {"logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}}
+    first = ask(url, **neutral, store=False)
+    # As a client returns it: the whole message object, every field set.
+    said = {
+        **first["choices"][0]["message"],
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+    }
+    assert post(url, {"messages": [*QUESTION, said, *QUESTION]})[0] == 200
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_answer_that_nobody_waits_for_ends(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
+    computed: list[int] = []
+    ended = threading.Event()
+
+    def slowly(*_: Any, **__: Any) -> Iterator[int]:
+        try:
+            for token in range(1000):
+                computed.append(token)
+                time.sleep(0.02)
+                yield 5
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(chat, "stream", slowly)
+    with serving(ChatModel.load(checkpoint)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        client = HTTPConnection(host, int(port))
+        body = json.dumps({"messages": QUESTION, "stream": streams})
+        client.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        until = time.monotonic() + 30
+        while not computed and time.monotonic() < until:
+            time.sleep(0.01)
+        client.close()
+        assert ended.wait(30)
+    assert 0 < len(computed) < 1000
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(url: str, checkpoint: Path) -> None:

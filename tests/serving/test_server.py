@@ -13,7 +13,9 @@ import pytest
 
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.serving import server
+from ling_flow.serving.chat import ChatModel
 from ling_flow.serving.server import endpoint_status, list_endpoints, start_detached, stop_all, stop_endpoint
+from tests.serving.client import serving
 from tests.serving.conftest import ANSWER, QUESTION
 
 
@@ -58,6 +60,21 @@ def test_a_taken_port_is_the_users_error(home: Path, checkpoint: Path) -> None:
             start_detached(checkpoint, "micro", "f1", home, port=taken.getsockname()[1])
 
 
+def test_an_address_of_no_machine_is_the_users_error(home: Path, checkpoint: Path) -> None:
+    for host in ("::1", "no.such.host.invalid", "192.0.2.1"):
+        for port in (None, free_port()):
+            with pytest.raises(UserError, match=f"host: '{host}' is no IPv4 address or name of this machine"):
+                start_detached(checkpoint, "micro", "f1", home, port=port, host=host)
+    assert list_endpoints(home) == []
+
+
+def test_a_local_endpoint_is_asked_past_any_proxy(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with serving(ChatModel.load(checkpoint)) as url:
+        assert server.served_fingerprint(url) == "f00d"
+
+
 def test_the_first_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -86,20 +103,35 @@ def test_a_record_of_a_process_that_is_gone(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_life_of_an_endpoint(home: Path, checkpoint: Path) -> None:
+def test_life_of_an_endpoint(home: Path, checkpoint: Path, tmp_path: Path) -> None:
     port = free_port()
-    first = start_detached(checkpoint, "micro", "f1", home, port=port, version=1)
+    first = start_detached(checkpoint, "micro", "f1", home, port=port, version=1).endpoint
     assert first.url == f"http://127.0.0.1:{port}"
     assert ask(first.url) == ANSWER
     status = endpoint_status("micro", home)
     assert status is not None and status.healthy and status.endpoint == first
     assert os.getsid(first.pid) == first.pid  # a session of its own: it outlives its starter
 
-    assert start_detached(checkpoint, "micro", "f1", home, version=1) == first  # the same artifact: nothing to do
-    second = start_detached(checkpoint, "micro", "f2", home, version=2)  # another one: replaced at the same place
+    assert start_detached(checkpoint, "micro", "f1", home, version=1) == (first, first)  # the same: nothing to do
+    with socket.socket() as taken, pytest.raises(UserError, match=r"port: \d+ is taken"):
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        start_detached(checkpoint, "micro", "f2", home, port=taken.getsockname()[1])
+    assert endpoint_status("micro", home) == status  # it was not touched
+
+    replaced = start_detached(checkpoint, "micro", "f2", home, version=2)  # another one: replaced at the same place
+    second = replaced.endpoint
+    assert replaced.before == first
     assert (second.url, second.fingerprint) == (first.url, "f2")
     assert second.pid != first.pid
     assert ask(second.url) == ANSWER
+
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{}")
+    with pytest.raises(SystemFault, match=rf"ended as it started.*; {second.url} serves what it did before"):
+        start_detached(damaged, "micro", "f3", home)
+    assert (ask(second.url), server.served_fingerprint(second.url)) == (ANSWER, "f2")
 
     assert stop_all(home) == ["micro"]
     assert endpoint_status("micro", home) is None

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +53,16 @@ def test_a_stop_text_ends_the_text_and_is_never_sent(text: str, stop: list[str])
     assert text.startswith(joined)
     assert not any(mark in joined for mark in stop)
     assert any(text[len(joined) :].startswith(mark) for mark in stop)
+
+
+def test_what_the_last_token_begins_after_a_stop_text_is_not_sent() -> None:
+    pieces = {0: b"a b", 1: b" \xe2\x80", 2: b"\xb0"}
+
+    def joined(tokens: Sequence[int]) -> str:
+        return b"".join(pieces[token] for token in tokens).decode(errors="replace")
+
+    stream = TextStream(joined, ["b "])
+    assert [stream.push(0), stream.push(1), stream.stopped, stream.flush()] == ["a ", "", True, ""]
 
 
 def test_text_that_might_become_a_stop_text_waits() -> None:

@@ -143,7 +143,7 @@ class Script:
 
     def stream(self, model: Any, prompt: list[int], length: int, *settings: Any) -> Iterator[int]:
         self.prompt = prompt
-        return iter([*self._tokenizer.encode(self.text), self._tokenizer.role_end_id][:length])
+        yield from [*self._tokenizer.encode(self.text), self._tokenizer.role_end_id][:length]
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ class PublishResult(StrictModel):
     mark: Path = Field(description="The file put there")
 
 
-@component(version=1, resources=Resources(), still_valid=lambda result, root: result.mark.exists())
+@component(version=1, resources=Resources(), still_valid=lambda config, result, root: result.mark.exists())
 def publish(config: PublishConfig) -> PublishResult:
     """Put a mark into a directory outside our artifacts."""
     mark = config.directory / "mark"
