@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,8 +132,10 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
             value = text
         if isinstance(value, str):
             value = _number(value)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--set {assignment}: must be a finite number")
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise UserError(f"--set {assignment}: must be a finite number") from None
         leaf: Any = value
         for key in reversed(keys):
             leaf = {key: leaf}

@@ -157,6 +157,9 @@ def test_numbers_that_are_none_are_refused_before_anything_runs(call: Call, tmp_
     given = "pretrain_short.failures_per_day=.inf"
     refused = call("plan", "--set", given)
     assert (refused.code, refused.err.strip()) == (2, f"error: --set {given}: must be a finite number")
+    given = "wind_tunnel.design.learning_rates=[1e-3, .nan]"
+    refused = call("plan", "--set", given)
+    assert (refused.code, refused.err.strip()) == (2, f"error: --set {given}: must be a finite number")
     config = tmp_path / "c.yaml"
     config.write_text("pretrain_short: {failures_per_day: .nan}\n")
     refused = call("plan", "--config", str(config))

@@ -24,7 +24,7 @@ class CapabilityPassConfig(StrictModel):
         200, ge=1, description="held-out problems asked at the end, each with thinking and without"
     )
     max_new_tokens: int = Field(128, ge=1, description="longest answer to them, tokens")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of problems, order and sampling")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of problems, order and sampling")
     threads: int | None = context_field(
         None,
         why="how many cores a machine lends does not change the method; bits are equal for equal numbers of threads",

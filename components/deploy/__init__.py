@@ -29,7 +29,7 @@ class DeployConfig(StrictModel):
 
     task: TaskSpec = Field(TaskSpec(name="chain_sum"), description="family that the held-out question is drawn from")
     max_tokens: int = Field(64, ge=1, description="longest answer to that question, tokens")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed that draws the question")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed that draws the question")
     port: int | None = context_field(
         None,
         why="the same model answers the same on any port",

@@ -19,7 +19,7 @@ class EvaluateConfig(StrictModel):
     max_new_tokens: int = Field(128, ge=1, description="longest answer, tokens")
     validation_sequence_length: int = Field(128, ge=1, description="tokens per window of the validation loss")
     validation_tokens: int = Field(20_000, ge=1, description="validation tokens per source")
-    seed: int = Field(1, ge=0, lt=2**63, description="seed that draws the problems")
+    seed: int = Field(1, ge=0, lt=2**32, description="seed that draws the problems")
     threads: int | None = context_field(
         None,
         why="how many cores a machine lends does not change the method; bits are equal for equal numbers of threads",

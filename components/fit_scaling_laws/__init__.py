@@ -30,7 +30,7 @@ class FitScalingLawsConfig(StrictModel):
     allow_extrapolation_factor: float = Field(
         100.0, ge=1, description="largest compute of the target, in units of the largest trial's"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the bootstrap")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the bootstrap")
 
     @model_validator(mode="after")
     def _sequences_fit(self) -> Self:

@@ -29,7 +29,7 @@ class PreferencePassConfig(StrictModel):
     held_out_samples: int = Field(
         4, ge=1, description="answers to each of these prompts, before and after, sampled at temperature 1"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of problems and sampling")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of problems and sampling")
     threads: int | None = context_field(
         None,
         why="how many cores a machine lends does not change the method; bits are equal for equal numbers of threads",

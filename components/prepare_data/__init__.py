@@ -50,7 +50,7 @@ class PrepareDataConfig(StrictModel):
     )
     tokenizer_characters: int = Field(1_000_000, ge=1, description="characters the tokenizer learns from, in all")
     filters: Filters = Field(Filters(), description="what is left out of files and the standard library")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of sampling and of the procedural problems")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling and of the procedural problems")
     workers: int | None = context_field(
         None,
         why="the corpus is the same, to the bit, for any number",

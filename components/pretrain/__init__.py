@@ -87,7 +87,7 @@ class PretrainConfig(StrictModel):
     tokens_per_forward: int = Field(
         16384, gt=0, description="tokens per forward pass, which bounds memory; larger batches accumulate gradients"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights and data order")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of initial weights and data order")
     recompute: bool = context_field(
         False,
         why="computing activations a second time gives the same bits",
@@ -193,7 +193,7 @@ class PretrainResult(StrictModel):
 
 
 @component(
-    version=2,
+    version=3,
     resources=Resources(cpus=2, memory_gib=4),
     resumable=True,
     label=lambda config: f"pretrain_{config.stage}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ling_flow.errors import LingFlowError, SystemFault, UserError
 from ling_flow.scaling.design import TrialResult, TrialSpec
@@ -19,26 +20,27 @@ class Task:
     spec: TrialSpec
     fingerprint: str
     corpus_path: Path
+    gpus: float = 0
 
 
 def run_task(task: Task) -> TrialResult:
-    """One trial in one thread; runs in a Ray worker."""
+    """One trial in one thread; runs in a Ray worker, which sees the machine's GPUs whether it was given any or not."""
     import torch
 
     from ling_flow.scaling.trial import run_trial
 
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if task.gpus > 0 else "cpu")
     return run_trial(task.spec, task.fingerprint, task.corpus_path, device)
 
 
 def run_tasks(
     tasks: Sequence[Task],
     on_done: Callable[[TrialResult], None],
-    gpus_per_trial: float = 0,
     function: Callable[[Task], TrialResult] = run_task,
 ) -> None:
-    """Run `function` on all `tasks`, one CPU each; `on_done` is called for each as it finishes.
+    """Run `function` on all `tasks`, one CPU each and the GPUs that it says; `on_done` is called for each as it
+    finishes.
 
     A trial that fails is tried again. One that keeps failing does not stop the others.
 
@@ -48,8 +50,12 @@ def run_tasks(
     """
     import ray
 
-    remote = ray.remote(num_cpus=1, num_gpus=gpus_per_trial, max_retries=0)(function)
-    running = {remote.remote(task): (task, 1) for task in tasks}
+    remote = ray.remote(num_cpus=1, max_retries=0)(function)
+
+    def start(task: Task) -> Any:
+        return remote.options(num_gpus=task.gpus).remote(task)
+
+    running = {start(task): (task, 1) for task in tasks}
     failed: dict[str, Exception] = {}
     while running:
         (ready, *_), _ = ray.wait(list(running), num_returns=1)
@@ -62,7 +68,7 @@ def run_tasks(
             raise UserError(str(_cause(error))) from None
         except Exception as error:
             if attempt < ATTEMPTS:
-                running[remote.remote(task)] = (task, attempt + 1)
+                running[start(task)] = (task, attempt + 1)
             else:
                 failed[task.spec.name] = error
         else:

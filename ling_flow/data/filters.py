@@ -42,7 +42,7 @@ class Decontamination(StrictModel):
     problems: int = Field(
         1000, ge=1, description="held-out problems, at most; the first of them are what evaluate asks"
     )
-    seed: int = Field(1, ge=0, lt=2**63, description="seed that draws the held-out problems, as in evaluate.seed")
+    seed: int = Field(1, ge=0, lt=2**32, description="seed that draws the held-out problems, as in evaluate.seed")
     files: tuple[FilesSource, ...] = Field((), description="evaluation sets of your own; each document is a problem")
 
     @model_validator(mode="after")

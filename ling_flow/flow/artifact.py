@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,8 @@ class Ref:
 
 def normal_root(root: str) -> str:
     """Local paths become absolute, URLs keep their scheme; no slash at the end."""
-    root = root.removeprefix("file://").rstrip("/")
+    root = root.removeprefix("file://")
+    root = root.rstrip("/") or root[:1]
     return root if "://" in root else os.path.abspath(os.path.expanduser(root))
 
 
@@ -131,6 +133,8 @@ class ArtifactStore:
             return None
         except UnicodeDecodeError:
             raise UserError(f"{where}: damaged, not text; delete the directory {component}/{fingerprint}") from None
+        except IsADirectoryError:
+            raise UserError(f"{where}: is a directory; delete the directory {component}/{fingerprint}") from None
         try:
             manifest = parse(Manifest, text, where)
         except UserError as error:
@@ -177,11 +181,15 @@ class ArtifactStore:
             known = ", ".join(manifest.outputs) or "none"
             raise UserError(f"{self.root}/{component}/{fingerprint}: has no output '{output}'; outputs: {known}")
         directory = self.local / component / fingerprint
-        for file in manifest.files:
-            if file.path.split("/", 1)[0] == output:
-                self._verify(file, directory, manifest)
+        files = [file for file in manifest.files if file.path.split("/", 1)[0] == output]
+        for file in files:
+            self._verify(file, directory, manifest)
         path = directory / output
         path.mkdir(parents=True, exist_ok=True)  # an output without files
+        if self.remote:  # what a build before has left in the cache is not part of this one
+            listed = {directory / file.path for file in files}
+            for stale in [found for found in path.rglob("*") if not found.is_dir() and found not in listed]:
+                stale.unlink(missing_ok=True)
         return path, manifest
 
     @contextlib.contextmanager
@@ -258,7 +266,10 @@ class ArtifactStore:
         with _remote_errors(target):
             _patiently(target, remove_manifest)  # first, so that a broken upload leaves no half-old artifact
             for name in [*(file.path for file in manifest.files), MANIFEST]:
-                _patiently(f"{target}/{name}", self.remote.put_file, str(directory / name), f"{target}/{name}")
+                try:
+                    _patiently(f"{target}/{name}", self.remote.put_file, str(directory / name), f"{target}/{name}")
+                except FileNotFoundError as error:
+                    raise SystemFault(f"{target}/{name}: cannot be written ({error}); is its bucket there?") from None
 
     def _verify(self, file: File, directory: Path, manifest: Manifest) -> None:
         """See that a file is in `directory` and whole; where the artifact is remote, copy it there first."""
@@ -266,7 +277,10 @@ class ArtifactStore:
         shown = f"{self.root}/{manifest.component}/{manifest.fingerprint}"
         if self.remote and not (path.is_file() and path.stat().st_size == file.size and _digest(path) == file.sha256):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.download")
+            # Processes of containers that share the cache may have the same id.
+            downloads = self.local / ".downloads"
+            downloads.mkdir(exist_ok=True)
+            temporary = downloads / uuid.uuid4().hex
             try:
                 where = f"{shown}/{file.path}"
                 with _remote_errors(where):

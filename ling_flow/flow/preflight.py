@@ -28,7 +28,7 @@ def check_access(context: Context, write: bool) -> list[str]:
     Raises:
         UserError: credentials are refused, or the bucket does not exist; the message names the variables.
     """
-    _check_artifacts(context, write)
+    check_artifacts(ArtifactStore(context.artifacts, context.home / "cache"), write)
     away = _check_tracking(context.tracking_uri)
     return [away] if away else []
 
@@ -44,8 +44,8 @@ def _check_tracking(uri: str | None) -> str | None:
     return None
 
 
-def _check_artifacts(context: Context, write: bool) -> None:
-    artifacts = ArtifactStore(context.artifacts, context.home / "cache")
+def check_artifacts(artifacts: ArtifactStore, write: bool) -> None:
+    """As `check_access`, of an artifact root alone."""
     if not artifacts.remote:
         return
     root, remote = artifacts.root, artifacts.remote
@@ -57,12 +57,12 @@ def _check_artifacts(context: Context, write: bool) -> None:
             remote.rm_file(probe)
     except FileNotFoundError:
         bucket = remote._strip_protocol(root).split("/")[0]
-        raise UserError(f"LING_FLOW_ARTIFACTS {root}: there is no bucket {bucket}; make it, or name another") from None
+        raise UserError(f"artifact root {root}: there is no bucket {bucket}; make it, or name another") from None
     except Exception as error:
         if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
             keys = _KEYS.get(root.partition("://")[0], "the credentials")
             reason = " ".join(str(error).split())[:200].rstrip(".")
-            raise UserError(f"LING_FLOW_ARTIFACTS {root}: refused ({reason}); check {keys}") from None
+            raise UserError(f"artifact root {root}: refused ({reason}); check {keys}") from None
 
 
 def _read(artifacts: ArtifactStore) -> None:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,6 +150,10 @@ def run_step(
         ):
             outcome = None if rebuild else _find(component, config, label, key, store)  # made while we waited
             if outcome is None:
+                if store.remote:
+                    from ling_flow.flow.preflight import check_artifacts
+
+                    check_artifacts(store, write=True)  # before anything is spent
                 given, sources = _open_inputs(refs, cache)
                 if tracker is None:
                     from ling_flow.flow.tracking import open_tracker
@@ -306,12 +310,21 @@ def _check_result(component: Component, label: str, result: Any, outputs: Mappin
         raise TypeError(
             f"{component.name} returned a {type(result).__name__}, declared {component.result_model.__name__}"
         )
-    for name, value in result.model_dump().items():
-        if isinstance(value, float) and not math.isfinite(value):
+    for name, value in _numbers("", result.model_dump()):
+        if not math.isfinite(value):
             raise UserError(f"{label}: result {name} is {value}: the computation diverged with this config")
     for name, output in outputs.items():
         if component.outputs[name].kind is HTML and not (output.path / "index.html").is_file():
             raise TypeError(f"{component.name} wrote no {name}/index.html, which an HTML output needs")
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every float in a dumped model, by its path."""
+    if isinstance(value, float):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _numbers(f"{name}.{key}" if name else str(key), part)
 
 
 def _outcome(component: Component, label: str, manifest: Manifest, store: ArtifactStore, cached: bool) -> Outcome:

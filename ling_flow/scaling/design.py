@@ -91,7 +91,7 @@ class TrialSpec(StrictModel):
 
     @property
     def name(self) -> str:
-        return f"h{self.model.hidden_size}_lr{self.optimizer.learning_rate:.1e}_b{self.batch_tokens}"
+        return f"h{self.model.hidden_size}_lr{self.optimizer.learning_rate:.4g}_b{self.batch_tokens}"
 
     @property
     def steps(self) -> int:
@@ -114,7 +114,7 @@ class Reading(StrictModel):
     tokens: int = Field(description="Tokens trained on")
     compute_flops: float = Field(description="Training FLOPs spent")
     loss: float | None = Field(
-        description="Mixture-weighted validation loss, nats per token; none: not a finite number"
+        gt=0, description="Mixture-weighted validation loss, nats per token; none: not a finite number"
     )
 
 
@@ -128,7 +128,7 @@ class TrialResult(StrictModel):
     model_flops_per_token: float = Field(description="M: training FLOPs per token without embedding and logits")
     learning_rate: float = Field(description="Learning rate after warm-up")
     batch_tokens: int = Field(description="Tokens per step")
-    readings: tuple[Reading, ...] = Field(description="Loss along the run, in order")
+    readings: tuple[Reading, ...] = Field(min_length=1, description="Loss along the run, in order")
     seconds: float = Field(description="Time the trial took, seconds")
 
     @property
@@ -191,8 +191,8 @@ def scaled_model(base: ModelConfig, hidden_size: int) -> ModelConfig:
         UserError: the width does not give whole heads.
     """
     ratio = hidden_size / base.hidden_size
-    heads = base.num_attention_heads * ratio
-    if heads != int(heads) or int(heads) % base.num_key_value_heads:
+    heads, rest = divmod(base.num_attention_heads * hidden_size, base.hidden_size)
+    if rest or not heads or heads % base.num_key_value_heads:
         per_group = base.hidden_size * base.num_key_value_heads
         unit = per_group // math.gcd(base.num_attention_heads, per_group)
         raise UserError(
@@ -208,7 +208,7 @@ def scaled_model(base: ModelConfig, hidden_size: int) -> ModelConfig:
             **base.model_dump(),
             "num_nextn_predict_layers": 0,
             "hidden_size": hidden_size,
-            "num_attention_heads": int(heads),
+            "num_attention_heads": heads,
             "intermediate_size": scaled(base.intermediate_size),
             "moe_intermediate_size": scaled(base.moe_intermediate_size),
         }
@@ -229,7 +229,8 @@ def plan_trials(
         optimizer: of every trial, but for the learning rate.
 
     Raises:
-        UserError: a width that does not fit `base`, or a budget of less than one step per reading.
+        UserError: a width that does not fit `base`, a budget of less than one step per reading, or a warm-up that is
+            longer than a trial's first part.
     """
     trials = []
     for index, rung in enumerate(design.rungs):
@@ -246,6 +247,12 @@ def plan_trials(
                         f"design.rungs.{index}.compute_flops: {rung.compute_flops:.3g} are {steps:.1f} steps "
                         f"of {batch} tokens, too few for {len(reading_steps)} readings"
                     )
+                warmup_steps = round(design.warmup_tokens / batch)
+                if warmup_steps > reading_steps[0]:
+                    raise UserError(
+                        f"design.warmup_tokens: {design.warmup_tokens:,} are {warmup_steps} steps of {batch} tokens, "
+                        f"but rung {index} is read after {reading_steps[0]}; the learning rate must be reached before"
+                    )
                 trials.append(
                     TrialSpec(
                         model=model,
@@ -255,7 +262,7 @@ def plan_trials(
                         batch_tokens=batch,
                         sequence_length=design.sequence_length,
                         reading_steps=reading_steps,
-                        warmup_steps=round(design.warmup_tokens / batch),
+                        warmup_steps=warmup_steps,
                         validation_tokens=design.validation_tokens,
                         mixture=mixture,
                         seed=seed,

@@ -232,7 +232,7 @@ def fit_scaling_law(
         for name, chosen, law in (("learning_rate", chosen_lr, learning_rate), ("batch_tokens", chosen_batch, batch))
         if not math.isclose(chosen, law.at(compute), rel_tol=1e-9)
     ]
-    batch_tokens = max(round(chosen_batch / batch_multiple_tokens), 1) * batch_multiple_tokens
+    batch_tokens = _multiple_inside(chosen_batch, batch_multiple_tokens, batch_range)
     at_target = _at(target, chosen_lr, batch_tokens)
 
     def predicted_loss(parameters_P: Array) -> float:
@@ -304,3 +304,15 @@ def _at(target: Target, learning_rate: float, batch_tokens: int) -> Readings:
     values = (target.model_flops_per_token, target.tokens, learning_rate, batch_tokens)
     flops, tokens, lr, batch = (np.array([math.log(value)]) for value in values)
     return Readings(flops, tokens, lr, batch, np.zeros(1), trial_N=np.zeros(1, dtype=np.int64), cell_N=np.full(1, -1))
+
+
+def _multiple_inside(batch: float, multiple: int, explored: Interval) -> int:
+    """The multiple nearest to `batch` that the sweep has explored."""
+    slack = 1e-9  # `explored` went through a logarithm
+    lowest, highest = math.ceil(explored.low / multiple - slack), math.floor(explored.high / multiple + slack)
+    if lowest > highest:
+        raise UserError(
+            f"batch_multiple_tokens: no multiple of {multiple} lies between {explored.low:.0f} and "
+            f"{explored.high:.0f} tokens, the batches of the sweep; choose a smaller one"
+        )
+    return min(max(round(batch / multiple), lowest), highest) * multiple

@@ -105,8 +105,11 @@ def _axes() -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, title: str) -> str:
+    from matplotlib import rc_context
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": title}):  # ids of elements: the same at each run, others in each plot of a page
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     return f"<h2>{html.escape(title)}</h2>" + svg[svg.index("<svg") :]
 

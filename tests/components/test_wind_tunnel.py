@@ -6,18 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from pydantic import ValidationError
 
 from components import ray_cluster
 from components.prepare_data import PrepareDataConfig, prepare_data
 from components.ray_cluster import check_gpus, ray_running
 from components.wind_tunnel import WindTunnelConfig, wind_tunnel
-from components.wind_tunnel.sweep import Task, run_tasks
-from ling_flow.config import identity_of
+from components.wind_tunnel.sweep import Task, run_task, run_tasks
+from ling_flow.config import identity_of, merge
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow.artifact import ArtifactStore
+from ling_flow.flow.tracking import NullTracker
+from ling_flow.scaling import trial as trial_module
 from ling_flow.scaling.design import Reading, Rung, Sweep, SweepDesign, TrialResult, plan_trials
 from ling_flow.training.settings import OptimizerSettings
 from tests.training.micro import micro_model, write_texts
@@ -65,6 +70,30 @@ def made_up(task: Task, loss: float = 1.0) -> TrialResult:
     )
 
 
+def test_a_trial_takes_a_gpu_only_where_it_was_given_one(monkeypatch, tmp_path):
+    """Ray does not hide the GPUs of a machine from tasks without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(trial_module, "run_trial", lambda spec, key, corpus, device: device)
+    task = tasks(tmp_path)[0]
+    assert run_task(task) == torch.device("cpu")
+    assert run_task(replace(task, gpus=0.5)) == torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"torch_dtype": "bfloat16"}}, r"torch_dtype must be 'float32', got 'bfloat16'"),
+        ({"design": {"sequence_length": 64, "batch_tokens": (64, 128)}}, r"sequence_length must be at most .*\(32\)"),
+        ({"mixture": {"words": -1.0}}, r"mixture: weights must be 0 or more"),
+        ({"design": {"warmup_tokens": 10**6}}, r"design\.warmup_tokens: 1,000,000 are"),
+        ({"design": {"batch_tokens": (64, 2**20)}}, r"design\.rungs\.\d\.compute_flops: .* too few"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_the_plan(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        WindTunnelConfig.model_validate(merge(CONFIG.model_dump(), changes))
+
+
 @pytest.mark.slow
 def test_a_sweep_learns_and_resumes_with_its_finished_trials(corpus, tmp_path):
     outcome = wind_tunnel(CONFIG, root=tmp_path, corpus=corpus)
@@ -87,7 +116,14 @@ def test_a_sweep_learns_and_resumes_with_its_finished_trials(corpus, tmp_path):
         record["seconds"] = 12345.0
         (partial / "trials" / "trials" / path.name).write_text(json.dumps(record))
     (partial / "trials" / "trials" / files[2].name).write_text(files[2].read_text()[:40])
-    resumed = wind_tunnel(CONFIG, root=again, corpus=corpus)
+    told: list[str] = []
+
+    class Kept(NullTracker):
+        def trial(self, name, parameters, metrics):
+            told.append(name)
+
+    resumed = wind_tunnel(CONFIG, root=again, corpus=corpus, tracker=Kept())
+    assert sorted(told) == sorted(spec.name for spec in specs()), "of those that were kept, too"
     trials = {trial.fingerprint: trial for trial in Sweep.load(resumed.outputs["trials"]).trials}
     assert [trials[path.stem].seconds == 12345.0 for path in files] == [True, True, False, False]
     for trial in sweep.trials:

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from ling_flow.errors import UserError
-from ling_flow.flow.artifact import MANIFEST, SCHEMA_VERSION, ArtifactStore, Manifest, OutputRecord, Ref
+from ling_flow.flow.artifact import MANIFEST, SCHEMA_VERSION, ArtifactStore, Manifest, OutputRecord, Ref, normal_root
 
 KEY = "0123456789abcdef"
 
@@ -118,6 +118,23 @@ def test_a_second_commit_replaces_the_first(store: ArtifactStore, tmp_path: Path
     assert [entry.name for entry in (store.local / "train").iterdir()] == [KEY]
 
 
+def test_files_of_a_build_before_do_not_stay_in_the_cache(tmp_path: Path) -> None:
+    store = ArtifactStore(f"memory://bucket-{uuid.uuid4().hex}", tmp_path / "cache")
+    make(store)
+    reader = elsewhere(store, tmp_path)
+    path, _ = reader.open("train", KEY, "model")
+    (path / "deep" / "model.safetensors.index.json").write_text("of the build before")
+    reader.open("train", KEY, "model")
+    assert sorted(found.name for found in path.rglob("*") if found.is_file()) == ["a.bin", "b.bin"]
+
+
+def test_a_manifest_that_is_a_directory(store: ArtifactStore) -> None:
+    if not store.remote:
+        (store.local / "train" / KEY / MANIFEST).mkdir(parents=True)
+        with pytest.raises(UserError, match=r"manifest\.json: is a directory; delete"):
+            store.manifest("train", KEY)
+
+
 def test_stale_copies_of_remote_files_are_fetched_again(tmp_path: Path) -> None:
     store = ArtifactStore(f"memory://bucket-{uuid.uuid4().hex}", tmp_path / "cache")
     make(store, "first")
@@ -152,6 +169,10 @@ def test_symbolic_links_are_refused(tmp_path: Path) -> None:
     (model / "link").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="link: an output holds files and directories, not symbolic links"):
         store.describe_files("train", KEY)
+
+
+def test_the_root_of_the_file_system_is_a_root() -> None:
+    assert normal_root("/") == normal_root("file:///") == "/"
 
 
 def test_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

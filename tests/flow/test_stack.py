@@ -155,7 +155,7 @@ class TestServers:
             ({"MLFLOW_TRACKING_PASSWORD": "wrong"}, r"MLFLOW_TRACKING_URI .*: refuses the credentials; set MLFLOW_"),
             ({"AWS_SECRET_ACCESS_KEY": "wrong"}, r"LING_FLOW_ARTIFACTS .*: refused .*; check AWS_ACCESS_KEY_ID"),
             ({"AWS_ACCESS_KEY_ID": "WRONG"}, r"LING_FLOW_ARTIFACTS .*: refused .*; check AWS_ACCESS_KEY_ID"),
-            ({"LING_FLOW_ARTIFACTS": "s3://mlflow/mine"}, r"LING_FLOW_ARTIFACTS s3://mlflow/mine: refused"),
+            ({"LING_FLOW_ARTIFACTS": "s3://mlflow/mine"}, r"artifact root s3://mlflow/mine: refused"),
         ],
     )
     def test_wrong_credentials_are_one_clear_error(
@@ -175,7 +175,7 @@ class TestServers:
         done = call("plan", **{**stack.environment(), **changes, "LING_FLOW_ARTIFACTS": "s3://nowhere/artifacts"})
         assert done.code == 2
         assert done.err.strip().endswith(
-            "error: LING_FLOW_ARTIFACTS s3://nowhere/artifacts: there is no bucket nowhere; make it, or name another"
+            "error: artifact root s3://nowhere/artifacts: there is no bucket nowhere; make it, or name another"
         )
 
     def test_a_tracking_store_that_is_away_does_not_stop_a_plan(self, user: Context) -> None:

@@ -1,6 +1,7 @@
 """Running a step: cache, rebuild, failure, resume, races, events."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -282,6 +283,22 @@ def test_resolve_pins_outside_content(tmp_path: Path) -> None:
 def wrong(config: FileConfig) -> FileResult:
     """Return the wrong thing."""
     return "wrong"  # type: ignore[return-value]
+
+
+class Nested(StrictModel):
+    scores: tuple[dict[str, float], ...] = Field(description="A number within")
+
+
+@component(version=1, resources=Resources())
+def diverges(config: FileConfig) -> Nested:
+    """Return what is no number."""
+    return Nested(scores=({"loss": math.nan},))
+
+
+def test_a_number_within_a_result_is_checked_too(home: Path) -> None:
+    with pytest.raises(UserError, match=r"result scores\.0\.loss is nan: the computation diverged"):
+        diverges({"path": "x"})
+    assert entries(home, "diverges") == []
 
 
 def test_a_body_that_breaks_its_declaration(home: Path) -> None:

@@ -38,6 +38,18 @@ def test_cross_entropy_and_gradients(inputs: tuple[torch.Tensor, ...]) -> None:
         torch.testing.assert_close(linear_cross_entropy(hidden, head, targets), expected.detach())
 
 
+def test_a_factor_keeps_its_digits_in_bfloat16() -> None:
+    hidden, head = (
+        normal((TOKENS, HIDDEN), torch.bfloat16).requires_grad_(),
+        normal((VOCABULARY, HIDDEN), torch.bfloat16),
+    )
+    loss = linear_cross_entropy(hidden, head, torch.zeros(TOKENS, dtype=torch.long))
+    (whole,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (part,) = torch.autograd.grad(loss / 700, hidden)
+    expected = whole.float() / 700  # 1/700 in bfloat16 is 0.15 % off
+    assert float(part.float().norm() / expected.norm()) == pytest.approx(1, abs=5e-4)
+
+
 def test_logprobs_and_gradients(inputs: tuple[torch.Tensor, ...]) -> None:
     hidden, head, targets = inputs
     expected = torch.log_softmax(hidden @ head.T, -1).gather(1, targets.unsqueeze(1)).squeeze(1)

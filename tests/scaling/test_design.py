@@ -66,11 +66,24 @@ def test_width_is_the_only_dial(preset):
     assert all(getattr(half, name) == getattr(base, name) for name in same)
 
 
+def test_widths_that_give_whole_heads_are_taken():
+    # 224 / 28 = 8 elements a head: in floating point 232 / 224 · 28 is not 29.
+    base = BASE.model_copy(update={"hidden_size": 224, "num_attention_heads": 28, "num_key_value_heads": 1})
+    assert scaled_model(base, 232).num_attention_heads == 29
+
+
+def test_near_learning_rates_have_names_of_their_own():
+    trials = plan(learning_rates=(1e-3, 1.02e-3, 1.04e-3))
+    assert len({trial.name for trial in trials}) == len(trials)
+
+
 def test_impossible_designs_are_refused_by_field():
     with pytest.raises(UserError, match=r"rungs\.hidden_size: 40 .* multiple of 32"):
         scaled_model(BASE, 40)
     with pytest.raises(UserError, match=r"rungs\.0\.compute_flops"):
         plan(rungs=(Rung(hidden_size=32, compute_flops=1e9),))
+    with pytest.raises(UserError, match=r"warmup_tokens: 10,000,000 are \d+ steps of .*rung 0 is read after"):
+        plan(warmup_tokens=10_000_000)
     for changes in ({"learning_rates": (4e-3, 2e-3)}, {"read_at": (0.5,)}, {"batch_tokens": (500, 1000)}):
         with pytest.raises(ValidationError, match=next(iter(changes))):
             design(**changes)

@@ -1,13 +1,12 @@
 """Known laws come back from sweeps drawn from them; hopeless sweeps are refused or stay sane."""
 
-import math
-
 import numpy as np
 import pytest
 
 from ling_flow.errors import UserError
 from ling_flow.scaling.fit import Target, fit_scaling_law, objective, usable_readings
 from ling_flow.scaling.law import LING_2_LAW, HyperParameterLaw, PowerLaw
+from ling_flow.scaling.plots import report_html
 from ling_flow.scaling.surface import FORMS, Surface
 from tests.scaling.conftest import TINY_LAW
 from tests.scaling.synthetic import sweep
@@ -133,8 +132,15 @@ def test_batch_is_clamped_said_so_and_usable(tiny_sweep):
     chosen = law.recommendation
     assert "batch_tokens" in chosen.clamped
     assert chosen.batch_tokens % 384 == 0
-    assert math.isclose(chosen.batch_tokens, 4096, rel_tol=0.1)
+    assert chosen.batch_tokens == 10 * 384  # the largest inside the sweep, whose batches end at 4,096
+    with pytest.raises(UserError, match=r"batch_multiple_tokens: no multiple of 5000 lies between 512 and 4096"):
+        fit_scaling_law(tiny_sweep, Target(4e6, 20_000_000), bootstrap_samples=2, batch_multiple_tokens=5000)
     assert chosen.extrapolation_factor == pytest.approx(8e13 / (4e6 * 2.4e5))
+
+
+def test_the_report_has_the_same_bytes_again(tiny_sweep):
+    law = fit_scaling_law(tiny_sweep, Target(4e6, 20_000_000), bootstrap_samples=2)
+    assert report_html(law, tiny_sweep) == report_html(law, tiny_sweep)
 
 
 def test_extrapolating_too_far_is_refused(tiny_sweep):
