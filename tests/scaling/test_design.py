@@ -81,7 +81,7 @@ def test_impossible_designs_are_refused_by_field():
     with pytest.raises(UserError, match=r"rungs\.hidden_size: 40 .* multiple of 32"):
         scaled_model(BASE, 40)
     with pytest.raises(UserError, match=r"rungs\.0\.compute_flops"):
-        plan(rungs=(Rung(hidden_size=32, compute_flops=1e9),))
+        plan(rungs=(Rung(hidden_size=32, compute_flops=1e9),), warmup_tokens=0)
     with pytest.raises(UserError, match=r"warmup_tokens: 10,000,000 are \d+ steps of .*rung 0 is read after"):
         plan(warmup_tokens=10_000_000)
     for changes in ({"learning_rates": (4e-3, 2e-3)}, {"read_at": (0.5,)}, {"batch_tokens": (500, 1000)}):
