@@ -153,8 +153,8 @@ class TestServers:
         ("change", "message"),
         [
             ({"MLFLOW_TRACKING_PASSWORD": "wrong"}, r"MLFLOW_TRACKING_URI .*: refuses the credentials; set MLFLOW_"),
-            ({"AWS_SECRET_ACCESS_KEY": "wrong"}, r"LING_FLOW_ARTIFACTS .*: refused .*; check AWS_ACCESS_KEY_ID"),
-            ({"AWS_ACCESS_KEY_ID": "WRONG"}, r"LING_FLOW_ARTIFACTS .*: refused .*; check AWS_ACCESS_KEY_ID"),
+            ({"AWS_SECRET_ACCESS_KEY": "wrong"}, r"artifact root .*: refused .*; check AWS_ACCESS_KEY_ID"),
+            ({"AWS_ACCESS_KEY_ID": "WRONG"}, r"artifact root .*: refused .*; check AWS_ACCESS_KEY_ID"),
             ({"LING_FLOW_ARTIFACTS": "s3://mlflow/mine"}, r"artifact root s3://mlflow/mine: refused"),
         ],
     )
