@@ -1,7 +1,7 @@
 """Does the staged curriculum help? Each stage with its own mixture, against one mixture of the same tokens throughout.
 
     python benchmarks/curriculum.py                                  # preset tiny, 3 seeds: 40 minutes on two cores
-    python benchmarks/curriculum.py --preset small --json small.json # some 5 hours
+    python benchmarks/curriculum.py --preset small --json small.json # some 9 hours
 
 `flat` gives every stage the mean of the three mixtures, weighted by the stages' tokens: the same model, tokens of each
 source, contexts, learning rate and merge; only the order of the data differs. A seed is that of initial weights and of

@@ -136,7 +136,7 @@ def tiny(seed: int) -> LifecycleConfig:
 
 
 def small(seed: int) -> LifecycleConfig:
-    """Ten times the active parameters of `tiny` and a larger vocabulary; for an hour of a CPU, not yet run whole."""
+    """Ten times the active parameters of `tiny` and a larger vocabulary; for hours of a CPU, not yet run whole."""
     from components.plan import LifecycleConfig
 
     model = model_preset("small")

@@ -41,7 +41,7 @@ def tiny() -> ModelConfig:
 
 
 def small() -> ModelConfig:
-    """About ten times the active parameters of `tiny`: under an hour on a CPU, minutes on one GPU."""
+    """About ten times the active parameters of `tiny`: hours on a CPU."""
     return ModelConfig(
         vocab_size=4096,
         hidden_size=256,
