@@ -102,10 +102,14 @@ def kept_losses(keep: Path | None, *run: Any) -> list[float]:
     return kept
 
 
+def smoothed(losses: list[float]) -> np.ndarray:
+    """The moving mean."""
+    return np.convolve(losses, np.ones(SMOOTH) / SMOOTH, mode="valid")
+
+
 def gap(run: list[float], reference: list[float]) -> float:
     """Mean relative distance of the smoothed losses over the last half of the steps."""
-    mean = np.ones(SMOOTH) / SMOOTH
-    a, b = (np.convolve(values, mean, mode="valid") for values in (run, reference))
+    a, b = smoothed(run), smoothed(reference)
     last = slice(-(len(run) // 2), None)
     return float((np.abs(a - b) / b)[last].mean())
 
@@ -113,8 +117,7 @@ def gap(run: list[float], reference: list[float]) -> float:
 def lag(run: list[float], reference: list[float]) -> float:
     """How many more steps `run` needs to the same loss, relative: the mean signed gap over the last half of the steps,
     by the slope of log loss over log step that `reference` has there."""
-    mean = np.ones(SMOOTH) / SMOOTH
-    a, b = (np.log(np.convolve(values, mean, mode="valid")) for values in (run, reference))
+    a, b = np.log(smoothed(run)), np.log(smoothed(reference))
     last = slice(-(len(run) // 2), None)
     log_steps = np.log(np.arange(len(b)) + (SMOOTH + 1) / 2)[last]
     slope = np.polyfit(log_steps, b[last], 1)[0]
@@ -128,8 +131,7 @@ def plot(curves: dict[str, list[float]], seeds: list[int], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    mean = np.ones(SMOOTH) / SMOOTH
-    smooth = {name: np.convolve(values, mean, mode="valid") for name, values in curves.items()}
+    smooth = {name: smoothed(values) for name, values in curves.items()}
     steps = np.arange(SMOOTH, SMOOTH + len(next(iter(smooth.values()))))
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True)
     for index, seed in enumerate(seeds):

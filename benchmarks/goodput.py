@@ -139,7 +139,7 @@ class Costs(NamedTuple):
 
 
 def calibrate(directory: Path, trainers: Trainers) -> Costs:
-    """What a step, a save and a start take where nothing is killed."""
+    """What a step, a save, and going on after a kill take."""
     plain, saving = directory / "steps", directory / "saves"
     process = trainers.start(plain, 1e9)
     steps = [line["seconds"] for line in wait_for(process, plain, CALIBRATION_STEPS + 3, "step")]
