@@ -86,6 +86,11 @@ def test_options_reach_the_figures(call: Call) -> None:
     ("arguments", "said"),
     [
         (["--preset", "mini", "--mfu", "1.5"], "mfu: input should be less than or equal to 1"),
+        (["--preset", "mini", "--mfu", "1e-320"], "mfu: input should be greater than or equal to 0.000001"),
+        (
+            ["--preset", "mini", "--tokens", "1e300"],
+            "tokens: input should be less than or equal to 1000000000000000000",
+        ),
         (["--preset", "mini", "--context", "many"], "context: input should be a valid integer"),
         (["--preset", "mini", "--tokens", "nan"], "tokens: input should be a finite number"),
         (["--preset", "mini", "--gpu", "b300"], "gpu: input should be 'a100', 'h20', 'h100', 'h800' or 'h200'"),

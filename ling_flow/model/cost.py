@@ -32,15 +32,15 @@ GPUS = {
 class CostOptions(StrictModel):
     """What turns an architecture into FLOPs, GPU-hours and energy."""
 
-    context: int = Field(4096, ge=1, description="tokens per sequence")
+    context: int = Field(4096, ge=1, le=2**40, description="tokens per sequence")
     scores: Scores = Field(
         "full", description="attention over the whole sequence, as the laws count, or the half of it"
     )
-    tokens: float = Field(20e12, gt=0, allow_inf_nan=False, description="training tokens")
-    mfu: float = Field(0.35, gt=0, le=1, description="training FLOPs, nothing recomputed, over the GPUs' peak")
+    tokens: float = Field(20e12, gt=0, le=1e18, allow_inf_nan=False, description="training tokens")
+    mfu: float = Field(0.35, ge=1e-6, le=1, description="training FLOPs, nothing recomputed, over the GPUs' peak")
     gpu: Literal["a100", "h20", "h100", "h800", "h200"] = Field("h800", description="gives peak and power")
-    peak_tflops: float | None = Field(None, gt=0, allow_inf_nan=False, description="another peak of one GPU, TFLOP/s")
-    watts: float | None = Field(None, gt=0, allow_inf_nan=False, description="another power of one GPU, W")
+    peak_tflops: float | None = Field(None, ge=1e-6, le=1e9, description="another peak of one GPU, TFLOP/s")
+    watts: float | None = Field(None, gt=0, le=1e9, description="another power of one GPU, W")
 
     @property
     def peak(self) -> float:

@@ -121,7 +121,12 @@ def start_detached(
     except LingFlowError as error:
         if replaced is None:
             raise
-        _start_again(replaced, home)
+        try:
+            _start_again(replaced, home)
+        except LingFlowError as second:
+            raise type(error)(
+                f"{error}; what {replaced.url} served before did not come up either ({second})"
+            ) from error
         raise type(error)(f"{error}; {replaced.url} serves what it did before") from error
 
 

@@ -14,7 +14,15 @@ import pytest
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.serving import server
 from ling_flow.serving.chat import ChatModel
-from ling_flow.serving.server import endpoint_status, list_endpoints, start_detached, stop_all, stop_endpoint
+from ling_flow.serving.server import (
+    Endpoint,
+    EndpointStatus,
+    endpoint_status,
+    list_endpoints,
+    start_detached,
+    stop_all,
+    stop_endpoint,
+)
 from tests.serving.client import serving
 from tests.serving.conftest import ANSWER, QUESTION
 
@@ -139,6 +147,22 @@ def test_life_of_an_endpoint(home: Path, checkpoint: Path, tmp_path: Path) -> No
         ask(second.url)
     states = subprocess.run(["ps", "-o", "stat=", "-s", str(second.pid)], capture_output=True, text=True).stdout
     assert [state for state in states.split() if "Z" not in state] == []  # nothing of its session is left
+
+
+def test_where_neither_comes_up_both_reasons_are_told(
+    home: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Endpoint(name="micro", url="http://127.0.0.1:9", pid=1, fingerprint="f1", model_dir="", version=1, log="")
+    monkeypatch.setattr(server, "endpoint_status", lambda *_: EndpointStatus(endpoint=old, running=True, healthy=True))
+
+    def fails(model_dir: Path, model_name: str, fingerprint: str, *_: object) -> Endpoint:
+        raise SystemFault(f"{fingerprint} ended as it started")
+
+    monkeypatch.setattr(server, "_start", fails)
+    with pytest.raises(
+        SystemFault, match=rf"^f2 ended .*; what {old.url} served .* either \(f1 ended as it started\)$"
+    ):
+        start_detached(checkpoint, "micro", "f2", home)
 
 
 @pytest.mark.slow
