@@ -93,7 +93,8 @@ def load_pretrained(
             (all in one line, before any is read).
     """
     checkpoint = _Checkpoint(directory, dtype)
-    model = checkpoint.meta_model.to_empty(device=device)
+    # What `to_empty` does, which takes the detour of `empty_like` on a meta tensor: that imports sympy, for a second.
+    model = checkpoint.meta_model._apply(lambda meta: torch.empty(meta.shape, dtype=meta.dtype, device=device))
     for gate in model.gates():
         gate.expert_counts.zero_()  # not part of a checkpoint
     for name, target in published_tensors(model).items():

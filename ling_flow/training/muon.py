@@ -11,13 +11,13 @@ Shapes: N matrices, R rows, C columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ling_flow.training.adamw import adamw_
+from ling_flow.training.adamw import EagerOptimizer, adamw_
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration: steepest at 0
@@ -26,35 +26,19 @@ LEAST_NORM = 1e-7
 UPDATE_RMS = 0.2  # of an orthogonal update, to be near AdamW's: so both take the same learning rate and weight decay
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(EagerOptimizer):
     """In groups that have `rows`, every parameter is (…, sum of rows, C) and holds matrices of so many rows one below
     the other; their state is `momentum_buffer`. Groups without are AdamW's, with its state."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rows": None}
-        super().__init__(params, defaults)
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, **settings: Any) -> None:
+        super().__init__(params, lr, **settings, rows=None)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["rows"] is None:
-                adamw_(parameters, self.state, group)
-                continue
-            for parameter in parameters:
-                self._step_matrices(parameter, group)
-        return loss
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        if group["rows"] is None:
+            adamw_(parameters, self.state, group)
+            return
+        for parameter in parameters:
+            self._step_matrices(parameter, group)
 
     def _step_matrices(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, grad, rate = self.state[parameter], parameter.grad, group["lr"]

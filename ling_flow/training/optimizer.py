@@ -12,11 +12,12 @@ from torch import nn
 from ling_flow.model.attention import Attention
 from ling_flow.model.layers import MLP, Experts
 from ling_flow.model.transformer import MTPLayer
+from ling_flow.training.adamw import AdamW
 from ling_flow.training.adamw8 import MOMENTS, AdamW8bit
 from ling_flow.training.muon import Muon
 from ling_flow.training.settings import OptimizerSettings
 
-AnyOptimizer = torch.optim.AdamW | AdamW8bit | Muon
+AnyOptimizer = AdamW | AdamW8bit | Muon
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> AnyOptimizer:
@@ -36,7 +37,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> AnyOptimiz
     given: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
     optimizer: AnyOptimizer
     if settings.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, fused=True, **given)  # every tensor is read and written once
+        optimizer = AdamW(groups, **given)
     elif settings.optimizer == "adamw8bit":
         optimizer = AdamW8bit(groups, **given)
     else:
