@@ -14,6 +14,7 @@ from components.deploy import DeployConfig
 from components.evaluate import EvaluateConfig
 from components.fit_scaling_laws import FitScalingLawsConfig
 from components.merge_checkpoints import MergeCheckpointsConfig
+from components.plan.mixtures import check_filled, check_mixtures, without_absent_sources
 from components.preference_pass import PreferencePassConfig
 from components.prepare_data import PrepareDataConfig
 from components.pretrain import PretrainConfig
@@ -56,11 +57,12 @@ class PlanConfig(StrictModel):
 
 
 def resolve_lifecycle(config: PlanConfig) -> LifecycleConfig:
-    """The preset with the overrides laid over it, validated whole.
+    """The preset with the overrides laid over it, validated whole. Sources in `overrides` replace the preset's, and
+    with them the weights of those that are gone.
 
     Raises:
-        UserError: an unknown preset, or an override that does not fit; the line names phase and field. A given
-            tokenizer that cannot be read, or models that have fewer token ids than the tokenizer.
+        UserError: an unknown preset, or an override that does not fit; the line names phase and field. Mixtures that
+            do not fit the sources. A given tokenizer that cannot be read, or models that have fewer token ids than it.
     """
     from components.plan.presets import PRESETS
 
@@ -73,7 +75,10 @@ def resolve_lifecycle(config: PlanConfig) -> LifecycleConfig:
     if not isinstance(overrides, dict):
         raise UserError(f"overrides: must be a JSON object by phase, got {config.overrides[:60]!r}")
     base = PRESETS[config.preset](config.seed).model_dump(mode="json")
-    resolved = parse(LifecycleConfig, merge(base, overrides), "")
+    merged = merge(without_absent_sources(base, overrides), overrides)
+    check_filled(merged)
+    resolved = parse(LifecycleConfig, merged, "")
+    check_mixtures(resolved)
     _check_vocabulary(resolved)
     return resolved
 
