@@ -121,6 +121,11 @@ def reaching(tracking_uri: str) -> Iterator[None]:
                 f"MLFLOW_TRACKING_URI {tracking_uri}: refuses the credentials; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to valid ones"
             ) from None
+        if "Invalid Host header" in reason:  # told with the status of a missing permission
+            raise UserError(
+                f"MLFLOW_TRACKING_URI {tracking_uri}: the server takes no requests under that name; use one of its "
+                "MLFLOW_SERVER_ALLOWED_HOSTS, or add this one there"
+            ) from None
         if error.error_code == "PERMISSION_DENIED":
             user = os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
             raise UserError(f"MLFLOW_TRACKING_URI {tracking_uri}: {user} may not do that there ({reason})") from None

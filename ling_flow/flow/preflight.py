@@ -17,6 +17,10 @@ _KEYS = {
 }
 
 
+# Stores that MLflow takes and that are first asked by what a run records.
+_UNASKED = ("sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
+
+
 def check_access(context: Context, write: bool) -> list[str]:
     """What is away at the moment, one line each. A tracking store may be: its record is kept until it is back.
 
@@ -26,7 +30,8 @@ def check_access(context: Context, write: bool) -> list[str]:
         write: also try to write to the artifact root (a small object, removed at once), as a run will.
 
     Raises:
-        UserError: credentials are refused, or the bucket does not exist; the message names the variables.
+        UserError: credentials are refused, MLflow takes no such tracking store, or the bucket does not exist; the message
+            names the variables.
     """
     check_artifacts(ArtifactStore(context.artifacts, context.home / "cache"), write)
     away = _check_tracking(context.tracking_uri)
@@ -34,13 +39,20 @@ def check_access(context: Context, write: bool) -> list[str]:
 
 
 def _check_tracking(uri: str | None) -> str | None:
-    if uri is None or not uri.startswith(("http://", "https://")):
+    if uri is None or uri.partition(":")[0].partition("+")[0] in _UNASKED:
         return None
     try:
         with store.reaching(uri):
             store.connect(uri).search_experiments(max_results=1)
     except SystemFault:
         return redact(f"tracking store {uri} does not answer: what a run tells it is kept, and sent when it is back")
+    except UserError:
+        if uri.startswith(("http://", "https://")):
+            raise
+        raise UserError(
+            f"MLFLOW_TRACKING_URI {uri}: MLflow keeps no runs there; name a database or a server "
+            "(sqlite:///FILE, postgresql://…, http://HOST:PORT)"
+        ) from None
     return None
 
 

@@ -79,6 +79,15 @@ def test_the_server_is_probed(overlay: dict[tuple[str, str], Manifest]) -> None:
     assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(server)
 
 
+def test_the_server_goes_by_the_names_that_the_docs_use(overlay: dict[tuple[str, str], Manifest]) -> None:
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    hosts = overlay["ConfigMap", "ling-flow-mlflow"]["data"]["hosts"].split(",")
+    for name in ("mlflow.ling-flow.svc:5000", "127.0.0.1:5000", "localhost:5000"):
+        assert is_allowed_host_header(hosts, name), name
+    assert not is_allowed_host_header(hosts, "elsewhere.example.com:5000")
+
+
 def test_steps_may_make_ray_jobs_and_little_else(overlay: dict[tuple[str, str], Manifest]) -> None:
     rules = {rule["resources"][0]: rule for rule in overlay["Role", "ling-flow-step"]["rules"]}
     assert set(rules["rayjobs"]["verbs"]) == {"get", "create", "delete"}
