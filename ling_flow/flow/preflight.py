@@ -30,8 +30,7 @@ def check_access(context: Context, write: bool) -> list[str]:
         write: also try to write to the artifact root (a small object, removed at once), as a run will.
 
     Raises:
-        UserError: credentials are refused, MLflow takes no such tracking store, or the bucket does not exist; the message
-            names the variables.
+        UserError: credentials are refused, there is no such tracking store or bucket; the message names the variables.
     """
     check_artifacts(ArtifactStore(context.artifacts, context.home / "cache"), write)
     away = _check_tracking(context.tracking_uri)
