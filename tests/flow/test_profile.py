@@ -122,6 +122,16 @@ def test_a_components_settings_are_laid_over_those_of_all_steps(tmp_path: Path) 
     assert "LING_FLOW_JOB" not in profile.environment(light)
 
 
+def test_the_gpu_profile_reserves_no_gpu_that_a_step_cannot_use() -> None:
+    from components.capability_pass import capability_pass
+    from components.evaluate import evaluate
+    from components.preference_pass import preference_pass
+
+    profile = read_profile("gpu")
+    for component in (capability_pass, preference_pass, evaluate):  # they use one device
+        assert profile.of(component).resources.gpus == 1, component.name
+
+
 def test_a_given_ray_cluster(tmp_path: Path) -> None:
     from components.pretrain import pretrain
 
