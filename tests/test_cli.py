@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import Called
 
 Call = Callable[..., Called]
+PRETRAINING = ("pretrain_short", "pretrain_mid", "pretrain_long")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["serve", "--help"]])
@@ -67,7 +68,9 @@ def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, argum
 def test_a_files_source_that_is_not_there_is_refused_before_anything_runs(call: Call, tmp_path: Path) -> None:
     config = tmp_path / "own.yaml"
     missing = tmp_path / "nothing-*.jsonl"
-    config.write_text(f"prepare_data:\n  sources:\n  - {{kind: files, name: mine, paths: ['{missing}']}}\n")
+    mixtures = [f"{phase}:\n  mixture: {{mine: 1}}\n" for phase in ("wind_tunnel", *PRETRAINING)]
+    sources = f"prepare_data:\n  sources:\n  - {{kind: files, name: mine, paths: ['{missing}']}}\n"
+    config.write_text(sources + "".join(mixtures))
     done = call("run", "--config", str(config))
     assert done.code == 2
     assert str(missing) in done.err
@@ -101,12 +104,26 @@ def test_compile_writes_whole_file_or_none(call: Call, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("nowhere*"))
 
 
+def test_help_names_every_preset(call: Call) -> None:
+    from ling_flow.model.family import FAMILY
+
+    page = " ".join(call("plan", "--help").out.split())
+    assert f"for plan also {', '.join(FAMILY)}." in page
+
+
 def test_doctor_finds_what_it_needs(call: Call) -> None:
     done = call("doctor", "--json")
     checks = {check["name"]: check for check in done.json["checks"]}
     assert done.code == 0, done.err
     assert checks["packages"]["status"] == "ok"
     assert "ray 2." in checks["packages"]["found"]
+
+
+def test_what_is_missing_is_installed_from_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ling_flow.flow import doctor
+
+    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    assert doctor._packages().advice == "pip install -c constraints.txt -e '.[cpu]' in a checkout, or make setup"
 
 
 def test_doctor_fails_where_the_home_cannot_be_written(call: Call, tmp_path: Path) -> None:

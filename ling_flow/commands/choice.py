@@ -21,7 +21,9 @@ def dag_options(command: Any) -> Any:
     """The options that choose a DAG and its parameters; shared by run, plan and compile."""
     for option in (
         click.argument("dag", default="lifecycle"),
-        click.option("--preset", help="Named sizes: tiny, small. [default: the DAG's own]"),
+        click.option(
+            "--preset", help="Named sizes: tiny, small; for plan also mini, flash, one_t. [default: the DAG's own]"
+        ),
         click.option("--seed", type=int, help="Seed of data order, initial weights, sampling."),
         click.option(
             "--set", "assignments", multiple=True, metavar="PHASE.FIELD=VALUE", help="Override one field; repeatable."

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML with its config.")
 @click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override one field; repeatable.")
 @click.option("--input", "inputs", multiple=True, metavar="NAME=REF", help="An artifact it reads; repeatable.")
-@click.option("--root", metavar="ROOT", help="Artifact root, path or URL, as the job sees it.")
+@click.option(
+    "--root", metavar="ROOT", help="Artifact root, path or URL, as the job sees it.  [default: LING_FLOW_ARTIFACTS]"
+)
 @click.option("--rebuild", is_flag=True, help="Redo the step although its artifact exists.")
 @click.option("--address", envvar="RAY_ADDRESS", help="The job server, http://HOST:8265.  [default: RAY_ADDRESS]")
 @click.option("--working-dir", type=click.Path(path_type=Path), help="Upload this directory as the job's code.")

@@ -54,7 +54,7 @@ def main(component: Component, argv: Sequence[str] | None) -> NoReturn:
 def command(component: Component) -> click.Command:
     """The click command; calling it returns the option values by slot (see `_slot`)."""
     file = "YAML file with config fields; flags win over it."
-    default_root = "$LING_FLOW_ARTIFACTS or .lingflow/artifacts"
+    default_root = "LING_FLOW_ARTIFACTS, else artifacts in LING_FLOW_HOME (.lingflow)"
     options: list[click.Parameter] = [
         click.Option(["--config"], type=click.Path(path_type=Path), metavar="FILE", help=file),
         click.Option(["--config-json"], metavar="JSON", help="The config as one JSON text, instead of a file."),

@@ -44,6 +44,11 @@ class Check:
         object.__setattr__(self, "found", redact(self.found))
 
 
+def install(extra: str) -> str:
+    """What brings the packages of an extra; the package is not published."""
+    return f"pip install -c constraints.txt -e '.[{extra}]' in a checkout"
+
+
 def examine(home: Path, tracking_uri: str) -> list[Check]:
     """Run every check; none of them changes anything but creating (and removing) a probe file in `home`."""
     checks: list[Callable[[], Check]] = [
@@ -79,9 +84,7 @@ def _packages() -> Check:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        return Check(
-            "packages", "failed", f"missing: {', '.join(missing)}", "pip install 'ling-flow[cpu]', or make setup"
-        )
+        return Check("packages", "failed", f"missing: {', '.join(missing)}", f"{install('cpu')}, or make setup")
     return Check("packages", "ok", ", ".join(found))
 
 
@@ -90,7 +93,7 @@ def _pipelines() -> Check:
     try:
         required = importlib.metadata.requires("kfp") or []
     except importlib.metadata.PackageNotFoundError:
-        return Check("pipelines", "warning", "no kfp: components run by themselves", "pip install 'ling-flow[cpu]'")
+        return Check("pipelines", "warning", "no kfp: components run by themselves", install("cpu"))
     from packaging.requirements import Requirement
 
     missing = []

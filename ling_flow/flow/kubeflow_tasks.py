@@ -14,6 +14,7 @@ from typing import Any
 
 from ling_flow.errors import UserError
 from ling_flow.flow.component import Component
+from ling_flow.flow.doctor import install
 from ling_flow.flow.kfp_face import ENTRY_POINT, component_names, load_component
 from ling_flow.flow.profile import SCRATCH, Profile, StepSettings
 
@@ -121,7 +122,7 @@ def _kfp_kubernetes() -> Any:
     try:
         from kfp import kubernetes
     except ImportError:
-        raise UserError("--profile: needs the package kfp-kubernetes; pip install 'ling-flow[kubeflow]'") from None
+        raise UserError(f"--profile: needs the package kfp-kubernetes; {install('kubeflow')}") from None
     return kubernetes
 
 

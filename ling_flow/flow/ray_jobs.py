@@ -16,18 +16,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow import events
+from ling_flow.flow.context import Context
 from ling_flow.flow.job_settings import JobSettings
 from ling_flow.flow.jobs import STOP_SECONDS, Ended, Job, JobOutput
 
 POLL_SECONDS = 1.0
 REQUEST_SECONDS = (10.0, 60.0)  # to connect, and between two pieces of an answer
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
-EXCLUDED = [".git", ".venv", ".lingflow", "artifacts"]  # from an upload, beside what .gitignore names
 
 
 def run(job: Job, settings: JobSettings, output: JobOutput) -> Ended:
@@ -138,7 +139,7 @@ def _send(client: Any, name: str, job: Job, settings: JobSettings) -> None:
     if settings.working_dir is not None:
         if not settings.working_dir.is_dir():
             raise UserError(f"LING_FLOW_JOB: working_dir: {settings.working_dir} is no directory")
-        environment |= {"working_dir": str(settings.working_dir), "excludes": EXCLUDED}
+        environment |= {"working_dir": str(settings.working_dir), "excludes": excluded(settings.working_dir, job.root)}
     # A head on this machine may have been started from the environment that runs us. What answers at the loopback may
     # as well be a forwarded port of a cluster, whose image has `python`.
     here = urlsplit(client.get_address()).hostname in ("127.0.0.1", "localhost", "::1")
@@ -153,6 +154,20 @@ def _send(client: Any, name: str, job: Job, settings: JobSettings) -> None:
         entrypoint_num_gpus=reserved.gpus if reserved and reserved.gpus else None,
         entrypoint_memory=int(reserved.memory_gib * 2**30) if reserved else None,
     )
+
+
+def excluded(directory: Path, root: str) -> list[str]:
+    """What an upload of `directory` leaves out beside what .gitignore names: history, packages, and where we write.
+
+    Args:
+        root: the artifact root.
+    """
+    ours = [Context.from_environment().home]
+    if "://" not in root:
+        ours.append(Path(root).absolute())
+    directory = directory.absolute()
+    inside = [path.relative_to(directory) for path in ours if directory in path.parents]
+    return [".git", ".venv", ".lingflow", *(f"/{path}" for path in inside)]
 
 
 def follow(client: Any, name: str, where: str, settings: JobSettings, output: JobOutput) -> Ended:

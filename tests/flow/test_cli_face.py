@@ -31,6 +31,7 @@ def test_help_shows_every_field(capsys) -> None:
         "--noise.scale float Standard deviation, in units of the numbers [> 0; default: 2.0]",
         '--noise.shape normal|uniform Distribution [default: "normal"]',
         "(not part of the fingerprint: a test device)",
+        "[default: LING_FLOW_ARTIFACTS, else artifacts in LING_FLOW_HOME (.lingflow)]",
     ):
         assert text in page
     page = " ".join(run(average, capsys, "--help")[1].split())

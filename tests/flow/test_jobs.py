@@ -173,6 +173,16 @@ def test_wrong_settings_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
         run_step(draw, DrawConfig(), {})
 
 
+def test_an_upload_leaves_out_what_we_write_and_no_folder_of_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LING_FLOW_HOME", str(tmp_path / "work" / "home"))
+    always = [".git", ".venv", ".lingflow", "/work/home"]
+    assert ray_jobs.excluded(tmp_path, "s3://bucket/artifacts") == always
+    assert ray_jobs.excluded(tmp_path, str(tmp_path / "artifacts")) == [*always, "/artifacts"]
+    assert ray_jobs.excluded(tmp_path / "code", str(tmp_path)) == always[:3]
+
+
 def test_a_light_component_stays_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = draw(DrawConfig(count=1)).refs["numbers"]
     monkeypatch.setenv("LING_FLOW_RUN_ON", "ray-job")  # and nowhere to run it

