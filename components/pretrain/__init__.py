@@ -44,9 +44,13 @@ class PretrainConfig(StrictModel):
         "one after the other, all of a row seen by all of it; masked_stream: documents do not see each other; "
         "best_fit: also whole wherever they fit, the rest of a row padded",
     )
-    rope_theta: float | None = Field(None, gt=0, description="rotary base of this stage; null: that of `model`")
+    rope_theta: float | None = Field(
+        None, gt=0, description="rotary base from this stage on; null: that of the stage before, or of `model`"
+    )
     rope_scaling: Yarn | None = Field(
-        None, description="YaRN from this stage on, to a context of factor × original; null: that of `model`"
+        None,
+        description="YaRN from this stage on, to a context of factor × original; null: that of the stage before, or of "
+        "`model`",
     )
     learning_rate: float | None = Field(None, gt=0, description="constant learning rate; null: from the scaling law")
     batch_tokens: int | None = Field(
@@ -148,6 +152,11 @@ class PretrainConfig(StrictModel):
         for field, mixture in (("mixture", self.mixture), ("mixture_end", self.mixture_end)):
             if mixture is not None and (any(w < 0 for w in mixture.values()) or not sum(mixture.values()) > 0):
                 raise ValueError(f"{field}: weights must be 0 or more and not all 0, got {mixture}")
+        if self.router_loss.balance > 0 and self.router_loss.balance_over == "batch" and self.workers > 1:
+            raise ValueError(
+                f"router_loss.balance_over: batch is over the rows of one worker; {self.workers} would change the "
+                "result: use sequence, or workers 1"
+            )
         if self.mixture_end is not None and self.packing == "windows":
             raise ValueError("mixture_end needs packing stream, masked_stream or best_fit, got windows")
         if (self.batch_tokens_start is None) != (self.batch_ramp_tokens == 0):
@@ -184,7 +193,7 @@ class PretrainResult(StrictModel):
     validation_loss: float = Field(description="next-token cross-entropy weighted by the mixture, nats per token")
     tokens_per_second: float = Field(description="training speed over the stage, tokens per second")
     steps: int = Field(description="optimizer steps of this stage")
-    tokens: int = Field(description="tokens of this stage")
+    tokens: int = Field(description="tokens of this stage, padding left out")
     total_tokens: int = Field(description="tokens since the start of the run, over all stages")
     learning_rate: float = Field(description="constant learning rate")
     batch_tokens: int = Field(description="tokens per step")
@@ -193,7 +202,7 @@ class PretrainResult(StrictModel):
 
 
 @component(
-    version=3,
+    version=4,
     resources=Resources(cpus=2, memory_gib=4),
     resumable=True,
     label=lambda config: f"pretrain_{config.stage}",
@@ -293,12 +302,12 @@ def stage_settings(config: PretrainConfig, recommendation: Recommendation) -> St
     )
 
 
-def stage_model(config: PretrainConfig, vocab_size: int, eos_id: int, context_before: int) -> ModelConfig:
+def stage_model(config: PretrainConfig, vocab_size: int, eos_id: int, before: ModelConfig | None) -> ModelConfig:
     """The model of this stage: context as long as any stage so far needed, special tokens of the corpus's tokenizer.
 
     Args:
         vocab_size, eos_id: of the corpus's tokenizer.
-        context_before: context of the stage before, tokens; 0 for the first.
+        before: the model of the stage before; None for the first.
 
     Raises:
         UserError: the model has fewer token ids than the corpus.
@@ -306,13 +315,15 @@ def stage_model(config: PretrainConfig, vocab_size: int, eos_id: int, context_be
     if config.model.vocab_size < vocab_size:
         got = config.model.vocab_size
         raise UserError(f"pretrain.model.vocab_size: must be at least that of the corpus ({vocab_size}), got {got}")
-    yarn = config.rope_scaling or config.model.rope_scaling
+    inherited = before or config.model
+    yarn = config.rope_scaling or inherited.rope_scaling
+    context_before = 0 if before is None else before.max_position_embeddings
     reach = 0 if yarn is None else int(yarn.factor * yarn.original_max_position_embeddings)
     return config.model.model_copy(
         update={
             "max_position_embeddings": reach or max(config.sequence_length, context_before),
             "rope_scaling": yarn,
-            "rope_theta": config.rope_theta or config.model.rope_theta,
+            "rope_theta": config.rope_theta or inherited.rope_theta,
             "eos_token_id": eos_id,
             "pad_token_id": eos_id,
         }

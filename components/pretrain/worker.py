@@ -24,7 +24,7 @@ from ling_flow.training.evaluate import mixture_loss, samples, validation_loss
 from ling_flow.training.fp8 import Safeguard
 from ling_flow.training.loop import StepReport
 from ling_flow.training.saver import SaveReport
-from ling_flow.training.settings import CheckpointIndex, StageSettings
+from ling_flow.training.settings import CheckpointIndex, StageSettings, number_at
 from ling_flow.training.speed import Cost, measured_peak
 from ling_flow.training.stage import batch_sizes, open_stage, run_stage
 
@@ -92,12 +92,12 @@ def train_stage(
     if workers.rank > 0:
         listener = Forwarder(lambda kind, arguments, options: None)
     corpus = Corpus.open(job.corpus)
-    context_before = 0 if job.previous is None else read_config(job.previous).max_position_embeddings
+    before = None if job.previous is None else read_config(job.previous)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     run = open_stage(
         job.directory,
         settings,
-        stage_model(config, corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id, context_before),
+        stage_model(config, corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id, before),
         seed=config.seed,
         previous=job.previous,
         device=device,
@@ -119,18 +119,21 @@ def train_stage(
         mixture_end=config.mixture_end,
         sequences=sizes.before(settings.steps),
         drawn_before=run.state.drawn_before,
+        longest=config.model.max_position_embeddings,
     )
+    for source in batches.begun_anew:
+        listener.log(f"{source}: begins anew; corpus, seed or packing are not those it was read in before")
+    mixture = config.mixture_end or config.mixture  # which the stage leaves with
 
     watts = None if config.watts is None else config.watts * workers.workers
     peak = measured_peak(device, settings.precision) * workers.workers
     cost = Cost(run.model.config, settings.sequence_length, peak, watts)
-    evaluate_every = max(1, settings.steps // max(1, config.evaluations))
 
     def evaluate(step_number: int) -> float:
         losses = validation_loss(
             run.model, corpus, settings.sequence_length, config.validation_tokens, sources=batches.sources
         )
-        loss = mixture_loss(losses, config.mixture)
+        loss = mixture_loss(losses, mixture)
         listener.metrics(
             {"validation_loss": loss} | {f"validation_loss/{name}": value for name, value in losses.items()},
             step=step_number,
@@ -140,7 +143,9 @@ def train_stage(
     def on_step(report: StepReport) -> None:
         figures = cost.step(report.tokens, report.seconds, device)
         done = report.step - run.state.stage_start
-        text = f"lr {report.learning_rate:.3g}" + (" (skipped: a spike)" if report.skipped else "")
+        text = f"lr {report.learning_rate:.3g}"
+        if report.skipped:
+            listener.log(f"step {done:,}: skipped (loss {report.loss:g}, gradient norm {report.gradient_norm:g})")
         listener.progress(
             done, settings.steps, text, loss=report.cross_entropy, tokens_per_second=report.tokens_per_second
         )
@@ -154,6 +159,8 @@ def train_stage(
                     "learning_rate": report.learning_rate,
                     "load_violation": report.load_violation,
                     "tokens_per_second": report.tokens_per_second,
+                    "skipped_steps": run.state.skipped_steps,
+                    "rollbacks": run.state.guard.rollbacks,
                     **figures,
                     **{
                         f"cross_entropy/{batches.sources[source]}": loss
@@ -162,7 +169,8 @@ def train_stage(
                 },
                 step=report.step,
             )
-        if workers.rank == 0 and done < settings.steps and done % evaluate_every == 0:
+        within = number_at(done, settings.steps, config.evaluations + 1)
+        if workers.rank == 0 and within is not None and done < settings.steps:
             listener.log(f"step {done:,}: validation loss {evaluate(report.step):.4f}")
             for name, text in samples(run.model, corpus, batches.sources).items():
                 listener.log(f"step {done:,}: {name}: {text!r}")
@@ -201,11 +209,11 @@ def train_stage(
         learning_rate=settings.optimizer.learning_rate,
         batch_tokens=settings.batch_tokens,
         sequence_length=settings.sequence_length,
-        mixture=config.mixture,
+        mixture=mixture,
         checkpoints=kept.window,
         milestones=kept.milestones,
     ).save(job.directory)
-    stage_tokens = run.state.sequences * settings.sequence_length
+    stage_tokens = run.state.tokens - run.state.tokens_before
     return PretrainResult(
         validation_loss=loss,
         tokens_per_second=stage_tokens / run.state.seconds,

@@ -9,6 +9,7 @@ Legend: B sequences of a batch, S sequence length.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ling_flow.data.corpus import Corpus, Split
+from ling_flow.data.drawn import Drawn
 from ling_flow.data.mixture import Interleaving
 from ling_flow.data.stream import PADDING, DocumentStream, PackedDocuments, Row, Windows
 from ling_flow.errors import UserError
@@ -26,6 +28,13 @@ Packing = Literal["windows", "stream", "masked_stream", "best_fit"]
 epoch. `stream`: shuffled documents one after the other, all of a row seen by all of it. `masked_stream`: the same, but
 documents do not see each other. `best_fit`: documents whole wherever they fit, not seeing each other, the rest of a row
 padded. Only streams go on behind an earlier stage of another length or mixture without meeting anything again."""
+
+
+class Routed(NamedTuple):
+    """What of a batch counts for a router: rows with any such token, and tokens."""
+
+    rows: int
+    tokens: int
 
 
 class Batch(NamedTuple):
@@ -51,12 +60,25 @@ class Batch(NamedTuple):
             for first in range(0, len(self.tokens), rows)
         ]
 
+    @property
+    def token_count(self) -> int:
+        """Tokens that the model reads, padding left out."""
+        return self.routed(0).tokens
+
     def targets(self, ahead: int = 1) -> int:
         """Tokens that are predicted from the one `ahead` places before them: where it is in the same document."""
+        return self.tokens[:, ahead:].numel() if self.documents is None else int(self._same(ahead).sum())
+
+    def routed(self, depth: int) -> Routed:
+        """What counts for the trunk's routers (depth 0), or for that of an MTP layer: positions that have a target."""
         if self.documents is None:
-            return self.tokens[:, ahead:].numel()
-        same = (self.documents[:, ahead:] == self.documents[:, :-ahead]) & (self.documents[:, ahead:] != PADDING)
-        return int(same.sum())
+            return Routed(len(self.tokens), self.tokens[:, depth + 1 :].numel())
+        counted_BS = self.documents[:, :-1] != PADDING if depth == 0 else self._same(depth + 1)
+        return Routed(int(counted_BS.any(1).sum()), int(counted_BS.sum()))
+
+    def _same(self, ahead: int) -> Tensor:
+        assert self.documents is not None
+        return (self.documents[:, ahead:] == self.documents[:, :-ahead]) & (self.documents[:, ahead:] != PADDING)
 
 
 class BatchSizes:
@@ -93,7 +115,13 @@ class Batches:
         sizes: sequences per step, constant or growing.
         mixture_end: weights at the end of the stage, to which shares move linearly; None: those of the start.
         sequences: of the whole stage; needed with `mixture_end`.
-        drawn_before: per source, tokens that earlier stages are through with: this one goes on behind them.
+        drawn_before: per source, what earlier stages are through with: this one goes on behind them, but for a source
+            that it reads in another order, because corpus, seed or packing are others; that it begins anew.
+        longest: tokens of the longest sequence of any stage of the run; a source is read in lanes that hold it.
+
+    Attributes:
+        sources: names, in the order of `Batch.sources`.
+        begun_anew: those that are read in another order than before.
 
     Raises:
         UserError: an unknown source, weights that are no mixture, or a source shorter than one sequence.
@@ -111,7 +139,8 @@ class Batches:
         packing: Packing = "windows",
         mixture_end: Mapping[str, float] | None = None,
         sequences: int | None = None,
-        drawn_before: Mapping[str, int] | None = None,
+        drawn_before: Mapping[str, Drawn] | None = None,
+        longest: int = 0,
     ) -> None:
         for source in (*mixture, *(mixture_end or {})):
             corpus.require(source)
@@ -121,7 +150,8 @@ class Batches:
         self.sources = self._interleaving.sources
         self._drawn_before = dict(drawn_before or {})
         # Windows are numbered over the whole run.
-        self._first = sum(self._drawn_before.values()) // sequence_length if packing == "windows" else 0
+        through = sum(drawn.tokens for drawn in self._drawn_before.values())
+        self._first = through // sequence_length if packing == "windows" else 0
         if mixture_end is not None and packing == "windows":
             raise UserError("mixture_end: needs packing stream, masked_stream or best_fit, got windows")
         self._streams: list[Windows | DocumentStream | PackedDocuments] = []
@@ -138,7 +168,28 @@ class Batches:
             elif packing == "best_fit":
                 self._streams.append(PackedDocuments(tokens, offsets, key, sequence_length + 1))
             else:
-                self._streams.append(DocumentStream(tokens, offsets, key))
+                self._streams.append(DocumentStream(tokens, offsets, key, max(longest, sequence_length) + 1))
+        self._orders = {
+            source: self._order(source, stream, seed, split)
+            for source, stream in zip(self.sources, self._streams, strict=True)
+        }
+        self.begun_anew = [
+            source for source in self.sources
+            if packing != "windows" and self._order_before(source) not in (None, self._orders[source])
+        ]  # fmt: skip
+
+    def _order(self, source: str, stream: Windows | DocumentStream | PackedDocuments, seed: int, split: Split) -> str:
+        lanes = f"{stream.lanes} lanes" if isinstance(stream, DocumentStream) else self.packing
+        shard = getattr(self.corpus.require(source), split).digest
+        return hashlib.sha256(f"{shard}/{seed}/{lanes}".encode()).hexdigest()[:16]
+
+    def _order_before(self, source: str) -> str | None:
+        return self._drawn_before[source].order if source in self._drawn_before else None
+
+    def _through(self, source: str) -> int:
+        """Tokens of a source that earlier stages are through with in this order."""
+        before = self._drawn_before.get(source)
+        return 0 if before is None or source in self.begun_anew else before.tokens
 
     def batch(self, step: int) -> Batch:
         """The sequences of a step, counted from the start of the stage."""
@@ -156,7 +207,7 @@ class Batches:
     def row(self, sequence: int) -> tuple[int, Row]:
         """(index of its source, S+1 tokens and their documents) of a sequence, counted from the start of the stage."""
         source, drawn = self._interleaving.place(self._first + sequence)
-        stream, before = self._streams[source], self._drawn_before.get(self.sources[source], 0)
+        stream, before = self._streams[source], self._through(self.sources[source])
         if isinstance(stream, Windows):
             return source, stream.row(drawn)
         if isinstance(stream, PackedDocuments):
@@ -165,8 +216,8 @@ class Batches:
         position = -(-before // stream.lanes) + turn * self.sequence_length
         return source, stream.read(lane, position, self.sequence_length + 1)
 
-    def drawn(self, steps: int) -> dict[str, int]:
-        """Tokens of each source that are through after that many steps of the stage, earlier stages included. Where
+    def drawn(self, steps: int) -> dict[str, Drawn]:
+        """What is through of each source after that many steps of the stage, earlier stages included. Where
         the lanes are not all equally far, what the others have not read yet counts as well: a later stage leaves it
         out."""
         found = dict(self._drawn_before)
@@ -175,5 +226,6 @@ class Batches:
         for (source, sequences), stream in zip(drawn.items(), self._streams, strict=True):
             lanes = stream.lanes if isinstance(stream, DocumentStream) else 1
             turns = -(-(sequences - earlier[source]) // lanes)
-            found[source] = found.get(source, 0) + turns * lanes * self.sequence_length
+            tokens = self._through(source) + turns * lanes * self.sequence_length
+            found[source] = Drawn(tokens=tokens, order=self._orders[source])
         return found

@@ -96,8 +96,8 @@ def _moving(
         )
     # Phases for a fine course, places per period for fine shares: about the square root of the stage each.
     phases = min(PHASES, max(2, math.isqrt(sequences) // 2))
-    period = min(LONGEST_PERIOD, max(len(names), sequences // phases))
-    periods = max(1, sequences // (phases * period))
+    periods = -(-sequences // (phases * LONGEST_PERIOD))
+    period = max(len(names), sequences // (phases * periods))
     counts, owed = [], np.zeros(len(names))
     for phase in range(phases):
         at = (phase + 0.5) / phases

@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 LANES = 64
-"""Places at which an epoch is read in turn, unless a lane would be shorter than `LANE_TOKENS`."""
+"""Places at which an epoch is read in turn, unless a lane would be shorter than `LANE_TOKENS` or the longest row."""
 LANE_TOKENS = 4096
 
 
@@ -42,12 +42,15 @@ class DocumentStream:
         tokens: all its documents, one after the other.
         offsets: where each begins, and the end of the last [documents + 1].
         key: with the epoch, decides the order.
+        longest: tokens of the longest row that will be read: in a shorter lane it would meet itself.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.unsignedinteger], offsets: npt.NDArray[np.int64], key: str) -> None:
+    def __init__(
+        self, tokens: npt.NDArray[np.unsignedinteger], offsets: npt.NDArray[np.int64], key: str, longest: int = 0
+    ) -> None:
         self._tokens, self._offsets, self._key = tokens, np.asarray(offsets), key
         self._lengths = np.diff(self._offsets)
-        self.lanes = max(1, min(LANES, len(tokens) // LANE_TOKENS))
+        self.lanes = max(1, min(LANES, len(tokens) // max(LANE_TOKENS, longest)))
         self.lane_tokens = len(tokens) // self.lanes  # of an epoch; up to lanes - 1 tokens at its end are left out
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
 
@@ -93,11 +96,22 @@ class Windows:
         return Row(tokens, np.zeros(len(tokens), dtype=np.int64))
 
 
+class _Packed(NamedTuple):
+    """The rows of an epoch."""
+
+    begins: npt.NDArray[np.int64]  # of each piece of a document, in the tokens
+    sizes: npt.NDArray[np.int64]  # and its tokens
+    pieces: npt.NDArray[np.int64]  # row after row
+    ends: npt.NDArray[np.int64]  # where each row begins in `pieces`, and the end of the last
+    order: npt.NDArray[np.int64]  # of the rows
+
+
 class PackedDocuments:
     """The same documents in rows of at most `length` tokens, whole wherever they fit (best-fit decreasing packing).
 
     A longer document is cut into pieces of `length`. Each epoch packs its own order of documents, `GROUP` pieces at a
-    time, so that neither the order nor the packing needs more than one pass over lengths.
+    time, so that neither the order nor the packing needs more than one pass over lengths. How many rows an epoch has is
+    known once it is packed: to go on in the sixth, all before it are packed again.
     """
 
     GROUP = 4096
@@ -109,33 +123,37 @@ class PackedDocuments:
         self._epoch = functools.lru_cache(maxsize=2)(self._packed)
         self._ends = [0]  # rows before each epoch whose rows have been counted, and after the last of them
 
-    def _packed(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """Rows, each a list of (begin, end) in the tokens."""
+    def _packed(self, epoch: int) -> _Packed:
         digest = hashlib.sha256(f"{self._key}/{epoch}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest))
-        pieces = []
-        for document in rng.permutation(len(self._offsets) - 1):
-            begin, end = int(self._offsets[document]), int(self._offsets[document + 1])
-            pieces += [(at, min(at + self._length, end)) for at in range(begin, end, self._length)]
-        rows: list[list[tuple[int, int]]] = []
-        for first in range(0, len(pieces), self.GROUP):
-            packed = best_fit([end - begin for begin, end in pieces[first : first + self.GROUP]], self._length)
-            rows += [[pieces[first + piece] for piece in row] for row in packed]
-        return [rows[at] for at in rng.permutation(len(rows))]
+        order = rng.permutation(len(self._offsets) - 1)
+        lengths = np.diff(self._offsets)[order]
+        cuts = -(-lengths // self._length)  # pieces of each document
+        piece = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)  # its number in its document
+        begins = np.repeat(self._offsets[:-1][order], cuts) + piece * self._length
+        sizes = np.minimum(np.repeat(lengths, cuts) - piece * self._length, self._length)
+        pieces, ends = np.empty(len(sizes), dtype=np.int64), [0]
+        for first in range(0, len(sizes), self.GROUP):
+            for row in best_fit(sizes[first : first + self.GROUP].tolist(), self._length):
+                pieces[ends[-1] : ends[-1] + len(row)] = first + np.array(row)
+                ends.append(ends[-1] + len(row))
+        return _Packed(begins, sizes, pieces, np.array(ends), rng.permutation(len(ends) - 1))
 
     def row(self, number: int) -> Row:
         """Row `number` of `length` tokens, counted over all epochs; the end is padded."""
         while number >= self._ends[-1]:
-            self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends) - 1)))
+            self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends) - 1).order))
         epoch = bisect.bisect_right(self._ends, number) - 1
-        number -= self._ends[epoch]
+        packed = self._epoch(epoch)
+        row = packed.order[number - self._ends[epoch]]
         tokens = np.zeros(self._length, dtype=np.int64)
         documents = np.full(self._length, PADDING, dtype=np.int64)
         filled = 0
-        for index, (begin, end) in enumerate(self._epoch(epoch)[number]):
-            tokens[filled : filled + end - begin] = self._tokens[begin:end]
-            documents[filled : filled + end - begin] = index
-            filled += end - begin
+        for index, piece in enumerate(packed.pieces[packed.ends[row] : packed.ends[row + 1]]):
+            begin, size = packed.begins[piece], packed.sizes[piece]
+            tokens[filled : filled + size] = self._tokens[begin : begin + size]
+            documents[filled : filled + size] = index
+            filled += size
         return Row(tokens, documents)
 
 
@@ -143,14 +161,19 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     """Indices of `lengths` in rows of at most `capacity`: longest first, each into the fullest row that has room."""
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by room left
+    rooms = 0  # bit n: there is a row with room for n
     for index in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
         length = lengths[index]
-        room = next((room for room in range(length, capacity + 1) if with_room[room]), None)
-        if room is None:
+        enough = rooms >> length
+        if not enough:
+            row, room = len(rows), capacity
             rows.append([index])
-            with_room[capacity - length].append(len(rows) - 1)
         else:
+            room = length + (enough & -enough).bit_length() - 1  # the least
             row = with_room[room].pop()
             rows[row].append(index)
-            with_room[room - length].append(row)
+            if not with_room[room]:
+                rooms ^= 1 << room
+        with_room[room - length].append(row)
+        rooms |= 1 << (room - length)
     return rows

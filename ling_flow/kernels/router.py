@@ -87,11 +87,14 @@ def expert_weights(scores_TE: Tensor, indices_TK: Tensor, scaling: float) -> Ten
     return chosen_TK * (scaling / (chosen_TK.sum(-1, keepdim=True) + 1e-20))
 
 
-def balance_loss(scores_BSE: Tensor, indices_BSK: Tensor, counted_BS: Tensor) -> Tensor:
+def balance_loss(
+    scores_BSE: Tensor, indices_BSK: Tensor, counted_BS: Tensor, of_sequences: int | None = None
+) -> Tensor:
     """Mean over sequences of Σ_e f_e·P_e (DeepSeek-V3 eq. 17-20); 1 where the load is even.
 
     f_e: E/K · share of the sequence's tokens that chose e; P_e: mean of the scores, normalised to sum 1 per token.
-    Tokens where `counted_BS` is false do not count; nor does a sequence of such tokens alone.
+    Tokens where `counted_BS` is false do not count; nor does a sequence of such tokens alone. The sum is divided by
+    `of_sequences` where these are a part of so many.
     """
     experts, top_k = scores_BSE.shape[-1], indices_BSK.shape[-1]
     counted_BS1 = counted_BS.unsqueeze(-1).to(scores_BSE.dtype)
@@ -99,10 +102,11 @@ def balance_loss(scores_BSE: Tensor, indices_BSK: Tensor, counted_BS: Tensor) ->
     chosen_BSE = torch.zeros_like(scores_BSE).scatter_(-1, indices_BSK, 1.0)  # a token's K experts are distinct
     frequency_BE = (chosen_BSE * counted_BS1).sum(1) * (experts / top_k) / tokens_B1.clamp(min=1)
     share_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True) * counted_BS1).sum(1) / tokens_B1.clamp(min=1)
-    return (frequency_BE * share_BE).sum() / (tokens_B1 > 0).sum().clamp(min=1)
+    return (frequency_BE * share_BE).sum() / (of_sequences or (tokens_B1 > 0).sum().clamp(min=1))
 
 
-def z_loss(logits_BSE: Tensor, counted_BS: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)² (ST-MoE §2.2): keeps the router's logits small."""
+def z_loss(logits_BSE: Tensor, counted_BS: Tensor, of_tokens: int | None = None) -> Tensor:
+    """Mean over tokens of logsumexp(logits)² (ST-MoE §2.2): keeps the router's logits small. The sum is divided by
+    `of_tokens` where these are a part of so many."""
     squared_BS = logits_BSE.logsumexp(-1).square()
-    return (squared_BS * counted_BS).sum() / counted_BS.sum().clamp(min=1)
+    return (squared_BS * counted_BS).sum() / (of_tokens or counted_BS.sum().clamp(min=1))

@@ -76,6 +76,7 @@ class Forward(NamedTuple):
     packing: Packing | None = None  # documents that must not see each other; None: each row is one
     counted_BS: Tensor | None = None  # tokens that count for balancing the experts; None: all
     router_loss: RouterLoss | None = None
+    of_routed: tuple[int, int] | None = None  # rows and tokens of which these are a part, by which losses are divided
 
 
 class RouterReport(NamedTuple):
@@ -116,12 +117,16 @@ class Gate(nn.Module):
         if wanted is not None and wanted.wanted:
             if counted_BS is None:
                 counted_BS = torch.ones_like(indices_BSK[..., 0], dtype=torch.bool)
+            of_rows, of_tokens = shared.of_routed or (None, None)
             if wanted.balance_over == "batch":
+                of_rows = None
                 logits_BSE, indices_BSK, counted_BS = (
                     part.flatten(0, 1).unsqueeze(0) for part in (logits_BSE, indices_BSK, counted_BS)
                 )
-            loss = wanted.balance * balance_loss(logits_BSE.sigmoid(), indices_BSK, counted_BS)
-            loss = loss + wanted.z * z_loss(logits_BSE, counted_BS)
+            balance = balance_loss(logits_BSE.sigmoid(), indices_BSK, counted_BS, of_rows)
+            if wanted.balance_over == "batch" and of_tokens:  # the part's share, by its tokens
+                balance = balance * (counted_BS.sum() / of_tokens)
+            loss = wanted.balance * balance + wanted.z * z_loss(logits_BSE, counted_BS, of_tokens)
         return RouterReport(counts_E, loss)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:

@@ -214,6 +214,7 @@ class BailingMoeV2ForCausalLM(nn.Module):
         documents_BS1: Tensor | None = None,
         router_loss: RouterLoss | None = None,
         of_targets: Sequence[int] | None = None,
+        of_routed: Sequence[tuple[int, int]] | None = None,
     ) -> LossOutput:
         """Next-token loss of rows of S+1 tokens, plus that of the MTP layers, each a mean over its valid targets.
 
@@ -225,23 +226,22 @@ class BailingMoeV2ForCausalLM(nn.Module):
                 document, and padding is left out of the routers' counts. None: each row is one document.
             router_loss: losses on the routers; None: none.
             of_targets: of a batch that these rows are a part of, the valid targets of the next token and of each MTP
-                layer. All losses are then this part's share of the batch's means (that of the routers by the first of
-                them), and those of all parts add up to it. None: these rows are all.
+                layer. The losses are then this part's share of the batch's means, and those of all parts add up to it.
+                None: these rows are all.
+            of_routed: the same for the routers' losses: rows with a token that counts, and such tokens, for the trunk
+                and for each MTP layer.
 
         Raises:
             UserError: the sequence is longer than max_position_embeddings.
         """
         length = tokens_BS1.shape[1] - 1
-        shared = self._forward(tokens_BS1[:, :-1], documents_BS1, router_loss)
+        routed: Sequence[tuple[int, int] | None] = of_routed or [None] * (1 + self.config.num_nextn_predict_layers)
+        shared = self._forward(tokens_BS1[:, :-1], documents_BS1, router_loss, of_routed=routed[0])
         h_BSD, router = self._trunk(tokens_BS1[:, :-1], shared)
         valid_BS = _valid(mask_BS, documents_BS1, 1)
         row_B = torch.empty(len(tokens_BS1), device=h_BSD.device)
         of_targets = of_targets or [0] * (1 + self.config.num_nextn_predict_layers)  # 0: those given
         cross_entropy = self._cross_entropy(h_BSD, tokens_BS1[:, 1:], valid_BS, of_targets[0], row_B)
-        share = 1.0
-        if router_loss is not None and of_targets[0]:  # the count waits for the device
-            given = tokens_BS1[:, 1:].numel() if valid_BS is None else int(valid_BS.sum())
-            share = given / of_targets[0]
         mtp_cross_entropy = torch.zeros_like(cross_entropy)
         for depth in range(1, min(self.config.num_nextn_predict_layers, length - 1) + 1):
             # The last `depth` positions have no target; attention is causal, so leaving them out changes nothing else.
@@ -250,7 +250,7 @@ class BailingMoeV2ForCausalLM(nn.Module):
             assert isinstance(layer, MTPLayer)
             valid_BS = _valid(mask_BS, documents_BS1, depth + 1)
             embedding_BSD = self._embed(tokens_BS1[:, depth:-1])
-            shared = self._forward(tokens_BS1[:, :columns], documents_BS1, router_loss, depth)
+            shared = self._forward(tokens_BS1[:, :columns], documents_BS1, router_loss, depth, routed[depth])
             if self.recompute and torch.is_grad_enabled():
                 h_BSD, report = checkpoint(
                     layer.predict, h_BSD[:, :columns], embedding_BSD, shared, use_reentrant=False,
@@ -262,23 +262,27 @@ class BailingMoeV2ForCausalLM(nn.Module):
             mtp_cross_entropy = mtp_cross_entropy + self._cross_entropy(
                 h_BSD, tokens_BS1[:, depth + 1 :], valid_BS, of_targets[depth]
             )
-        router = router * share
         loss = cross_entropy + self.config.mtp_loss_scaling_factor * mtp_cross_entropy + router
         return LossOutput(loss, cross_entropy.detach(), mtp_cross_entropy.detach(), router.detach(), row_B)
 
     def _forward(
-        self, inputs_BS: Tensor, documents_BS1: Tensor | None, router_loss: RouterLoss | None, depth: int = 0
+        self,
+        inputs_BS: Tensor,
+        documents_BS1: Tensor | None,
+        router_loss: RouterLoss | None,
+        depth: int = 0,
+        of_routed: tuple[int, int] | None = None,
     ) -> Forward:
         """What the layers are told. The MTP layer number `depth` counts the positions that have a target for it."""
         if documents_BS1 is None:
             self._check_length(inputs_BS.shape[1])
             positions_S = torch.arange(inputs_BS.shape[1], device=inputs_BS.device)
-            return Forward(self._rotary_tables(positions_S), router_loss=router_loss)
+            return Forward(self._rotary_tables(positions_S), router_loss=router_loss, of_routed=of_routed)
         documents_BS = documents_BS1[:, : inputs_BS.shape[1]]
         packing = pack(documents_BS)
         self._check_length(packing.longest)
         counted_BS = documents_BS != PADDING if depth == 0 else _valid(None, documents_BS1, depth + 1)
-        return Forward(self._rotary_tables(packing.positions_BS), packing, counted_BS, router_loss)
+        return Forward(self._rotary_tables(packing.positions_BS), packing, counted_BS, router_loss, of_routed)
 
     def token_logprobs(
         self, tokens_BS1: Tensor, mask_BS: Tensor | None = None, documents_BS1: Tensor | None = None

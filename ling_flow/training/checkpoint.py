@@ -130,7 +130,7 @@ def verify_checkpoint(directory: Path) -> None:
     """Compare every file of a checkpoint that has training state with what was written.
 
     Raises:
-        UserError: a file is missing or damaged; the line names it.
+        UserError: a file is missing, damaged or cannot be read; the line names it.
     """
     listing = directory / TRAINING_STATE / _FILES
     try:
@@ -143,12 +143,16 @@ def verify_checkpoint(directory: Path) -> None:
         raise UserError(f"{listing}: damaged (it does not list all files)")
     for name, expected in files.items():
         path = directory / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing")
-        if path.stat().st_size != expected.bytes:
-            raise UserError(f"{path}: damaged ({path.stat().st_size} bytes instead of {expected.bytes})")
-        if _sha256(path) != expected.sha256:
-            raise UserError(f"{path}: damaged (its SHA-256 is not the one written)")
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                raise UserError(f"{path}: damaged ({size} bytes instead of {expected.bytes})")
+            if _sha256(path) != expected.sha256:
+                raise UserError(f"{path}: damaged (its SHA-256 is not the one written)")
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing") from None
+        except OSError as error:  # a bad sector, a stale handle
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def load_training_state(

@@ -95,7 +95,7 @@ def train(
         sequences_per_forward: split each batch into forward passes of that many sequences; None: one pass.
         guard: which steps are not taken; None: those that are not finite.
         roll_back: puts model, optimizer and guard back to the last good checkpoint and returns its steps done, or None
-            where there is none. Called when too many steps in a row were skipped.
+            where there is none. Called when too many steps were skipped.
         safeguard: of a model in FP8: watches every `watch_every`-th step, and names what was not finite where a step is
             skipped.
         on_watch: called with the number of steps done after a pass that the safeguard watched.
@@ -103,7 +103,7 @@ def train(
         checkpoint: called with the number of steps done after every step that is not rolled back; saves if it is time.
 
     Raises:
-        SystemFault: too many steps in a row were skipped, and no rollback is left.
+        SystemFault: too many steps were skipped, in a row or of the last ones, and no rollback is left.
     """
     guard = guard or SpikeGuard(GuardSettings(factor=None))
     workers = DataParallel()
@@ -147,7 +147,7 @@ def train(
                 learning_rate=learning_rate,
                 load_violation=load_violation,
                 sequences=len(batch.tokens),
-                tokens=len(batch.tokens) * (batch.tokens.shape[1] - 1),
+                tokens=batch.token_count,
                 seconds=time.perf_counter() - started,
                 skipped=not taken,
                 source_cross_entropy=losses.by_source,
@@ -158,7 +158,7 @@ def train(
             if back_at is None:
                 raise SystemFault(
                     f"step {step + 1}: loss ({losses.loss:g}) or gradient norm ({gradient_norm:g}) was not finite or a "
-                    f"spike for {guard.state.skipped_in_a_row} steps in a row; a lower learning rate may help"
+                    f"spike {guard.skipped}; a lower learning rate may help"
                 )
             step = back_at
             continue
@@ -184,10 +184,14 @@ def _accumulate(
     """Backward over this worker's rows of the batch in parts; the mean losses of the whole batch."""
     totals = torch.zeros(3, device=batch.tokens.device)
     rows: list[Tensor] = []
-    targets = [batch.targets(ahead + 1) for ahead in range(1 + model.config.num_nextn_predict_layers)]
+    depths = range(1 + model.config.num_nextn_predict_layers)
+    targets = [batch.targets(depth + 1) for depth in depths]
+    routed = [batch.routed(depth) for depth in depths] if router_loss is not None and router_loss.wanted else None
     mine = workers.share(batch)
     for part in mine.split(sequences_per_forward or len(mine.tokens)):
-        output = model.loss(part.tokens, documents_BS1=part.documents, router_loss=router_loss, of_targets=targets)
+        output = model.loss(
+            part.tokens, documents_BS1=part.documents, router_loss=router_loss, of_targets=targets, of_routed=routed
+        )
         output.loss.backward()
         totals += torch.stack([output.loss.detach(), output.cross_entropy, output.mtp_cross_entropy])
         rows.append(output.row_cross_entropy_B)

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ling_flow.config import StrictModel, parse
+from ling_flow.data.drawn import Drawn
 from ling_flow.errors import UserError
 from ling_flow.model.config import RouterLoss
 from ling_flow.training.guard import GuardSettings, GuardState
@@ -91,15 +92,17 @@ class StageSettings(StrictModel):
         """Tokens per optimizer step, once the batch has its full size."""
         return self.sequence_length * self.sequences_per_batch
 
-    @property
-    def save_every(self) -> int:
-        """Steps between two planned checkpoints, which are counted back from the end."""
-        return max(1, self.steps // self.checkpoints_saved)
-
     def save_number(self, done: int) -> int | None:
-        """Which planned checkpoint, from 1, comes after `done` steps of the stage; None: none."""
-        number = (done - self.steps) // self.save_every + (self.steps - 1) // self.save_every + 1
-        return None if (self.steps - done) % self.save_every else number
+        """Which planned checkpoint, from 1, comes after `done` steps of the stage; None: none. Number i comes after
+        i/n of the steps, rounded; n is `checkpoints_saved`, or the steps where they are fewer."""
+        return number_at(done, self.steps, self.checkpoints_saved)
+
+
+def number_at(done: int, steps: int, count: int) -> int | None:
+    """Which of `count` points that divide `steps` evenly, from 1 to the end, lies at `done`; None: none."""
+    count = min(count, steps)
+    number = (2 * done * count + steps) // (2 * steps)  # the nearest
+    return number if number > 0 and (2 * number * steps + count) // (2 * count) == done else None
 
 
 class TrainingState(StrictModel):
@@ -109,9 +112,9 @@ class TrainingState(StrictModel):
     step: int = Field(ge=0, description="optimizer steps done since the start of the run, over all stages")
     stage_start: int = Field(ge=0, description="value of `step` at which the stage began")
     tokens: int = Field(ge=0, description="tokens seen since the start of the run")
-    sequences: int = Field(ge=0, description="sequences drawn in this stage")
-    drawn_before: dict[str, int] = Field(description="tokens of each source that were through when the stage began")
-    drawn: dict[str, int] = Field(description="tokens of each source that are through so far, over all stages")
+    tokens_before: int = Field(ge=0, description="value of `tokens` at which the stage began")
+    drawn_before: dict[str, Drawn] = Field(description="what was through of each source when the stage began")
+    drawn: dict[str, Drawn] = Field(description="what is through of each source so far, over all stages")
     tokens_at: dict[int, int] = Field({}, description="`tokens` at each planned checkpoint of this stage, by its step")
     skipped_steps: int = Field(ge=0, description="steps of this stage without an update: spikes of loss or gradient")
     seconds: float = Field(ge=0, description="time spent in this stage's steps, seconds")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ling_flow.data.batches import Batches, BatchSizes
+from ling_flow.data.drawn import Drawn
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.model.config import ModelConfig
 from ling_flow.model.hf import load_pretrained
@@ -80,9 +81,16 @@ def open_stage(
         seed: of the initial weights.
 
     Raises:
-        UserError: `previous` is damaged, holds no training state, or is another model (the line names the field).
+        UserError: `previous` is damaged, holds no training state, or is another model (the line names the field); or
+            there are checkpoints in `directory` and none that can be gone on from. They all stay as they are.
     """
     resumable = latest_checkpoint(directory, log)
+    there = list_checkpoints(directory)
+    if resumable is None and there:
+        raise UserError(
+            f"{directory}: none of its {len(there)} checkpoints up to {there[-1].name} can be gone on from (reasons "
+            "above); restore a file, or remove the directory to start the stage again"
+        )
     _discard(directory, resumable, DataParallel())
     source = resumable or previous
     if source is None:
@@ -93,7 +101,7 @@ def open_stage(
     if resumable is None:
         verify_checkpoint(source)
     model = load_pretrained(source)
-    _set_context(model, config, source)
+    _set_context(model, config, source, log)
     model.to(device)
     optimizer = build_optimizer(model, settings.optimizer)
     state = load_training_state(source, model, optimizer)
@@ -142,7 +150,6 @@ def run_stage(
             update={
                 "step": report.step,
                 "tokens": state.tokens + report.tokens,
-                "sequences": state.sequences + report.sequences,
                 "drawn": batches.drawn(report.step - state.stage_start + guard.state.batches_passed),
                 "skipped_steps": state.skipped_steps + report.skipped,
                 "seconds": state.seconds + report.seconds,
@@ -193,7 +200,9 @@ def run_stage(
         before = load_training_state(found, run.model, run.optimizer)
         log(f"rolled back from step {at:,} to {before.step:,}; the batches between are passed over")
         guard.rolled_back(before.guard, batches=at - before.step)
-        run.state = before.model_copy(update={"guard": guard.state})
+        # What was skipped, and the time it took, stay counted.
+        lost = {"skipped_steps": run.state.skipped_steps, "seconds": run.state.seconds}
+        run.state = before.model_copy(update={"guard": guard.state, **lost})
         return before.step
 
     set_precision(run.model, settings.precision, settings.fp8)
@@ -233,13 +242,13 @@ def batch_sizes(settings: StageSettings) -> BatchSizes:
     return BatchSizes(settings.sequences_per_batch, ramp.sequences_at_start, ramp.steps)
 
 
-def _begin(settings: StageSettings, step: int, tokens: int, drawn: dict[str, int]) -> TrainingState:
+def _begin(settings: StageSettings, step: int, tokens: int, drawn: dict[str, Drawn]) -> TrainingState:
     return TrainingState(
         stage=settings.stage,
         step=step,
         stage_start=step,
         tokens=tokens,
-        sequences=0,
+        tokens_before=tokens,
         drawn_before=drawn,
         drawn=drawn,
         skipped_steps=0,
@@ -254,12 +263,14 @@ def _entry(checkpoint: Path, end: TrainingState) -> CheckpointEntry:
     return CheckpointEntry(directory=checkpoint.name, step=step, tokens=end.tokens_at[step])
 
 
-def _set_context(model: BailingMoeV2ForCausalLM, config: ModelConfig, source: Path) -> None:
+def _set_context(model: BailingMoeV2ForCausalLM, config: ModelConfig, source: Path, log: Callable[[str], None]) -> None:
     """Give a loaded model the context of `config`, with which it must agree in everything else."""
     for name in ModelConfig.model_fields:
         wanted, found = getattr(config, name), getattr(model.config, name)
-        if name not in CONTEXT_FIELDS and wanted != found:
+        if wanted != found and name not in CONTEXT_FIELDS:
             raise UserError(f"model.{name}: {wanted!r} asked for, but {source} was trained with {found!r}")
+        if wanted != found:
+            log(f"{name}: {found} before, {wanted} from here on")
     model.set_context(config.max_position_embeddings, config.rope_theta, config.rope_scaling)
 
 

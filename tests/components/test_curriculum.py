@@ -9,6 +9,7 @@ import pytest
 from components.plan.presets import PRESETS, SCALED, curriculum
 from components.pretrain import PretrainConfig, stage_model, stage_settings
 from ling_flow.config import parse
+from ling_flow.model.config import ModelConfig
 from ling_flow.model.family import FAMILY
 from ling_flow.scaling.law import Interval, Recommendation
 from ling_flow.training.curriculum import EXTENSION
@@ -60,19 +61,19 @@ def recommendation() -> Recommendation:
 
 @pytest.mark.parametrize("member", FAMILY)
 def test_pre_training_takes_them_one_after_the_other(member: str) -> None:
-    steps, context = [], 0
+    steps: list[int] = []
+    before: ModelConfig | None = None
     law = recommendation()
     for config in curriculum(member, seed=0).values():
         settings = stage_settings(config, law)
         assert settings.optimizer.learning_rate == TABLE_1[member][0]
         assert settings.steps * settings.batch_tokens >= config.tokens - 2 * settings.batch_tokens
         if config.checkpoints_kept_every:
-            every = config.checkpoints_kept_every * settings.save_every * settings.batch_tokens
+            every = config.checkpoints_kept_every * settings.steps / settings.checkpoints_saved * settings.batch_tokens
             assert every == pytest.approx(5e12, rel=0.05)  # README: base models after 5T, 10T, 15T, 20T
         steps.append(settings.steps)
-        model = stage_model(config, vocab_size=157184, eos_id=156892, context_before=context)
-        assert model.max_position_embeddings == config.sequence_length
-        context = model.max_position_embeddings
+        before = stage_model(config, vocab_size=157184, eos_id=156892, before=before)
+        assert before.max_position_embeddings == config.sequence_length
     assert steps[1] == 10_000_000_000_000 // (TABLE_1[member][1] * 4096)
     assert steps[0] > steps[1]  # batches grow in the first
 

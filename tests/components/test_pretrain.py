@@ -232,7 +232,7 @@ def test_bad_budgets_sources_and_vocabularies_are_refused_before_training(root, 
     with pytest.raises(UserError, match="has no source 'poems'"):
         pretrain(config(mixture={"poems": 1}), root=root, **inputs)
     with pytest.raises(UserError, match=r"model.vocab_size: must be at least that of the corpus \(280\), got 270"):
-        stage_model(PretrainConfig(**config(model=micro_model(vocab_size=270).model_dump())), 280, 279, 0)
+        stage_model(PretrainConfig(**config(model=micro_model(vocab_size=270).model_dump())), 280, 279, None)
 
 
 def test_what_changes_no_bit_does_not_bear_identity():

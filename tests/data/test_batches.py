@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ling_flow.data.batches import Batches, BatchSizes, Packing
 from ling_flow.data.corpus import Corpus
+from ling_flow.data.drawn import Drawn
 from ling_flow.data.stream import DocumentStream
 from ling_flow.errors import UserError
 from tests.data.test_mixture import NAMES, WEIGHTS
@@ -41,8 +42,11 @@ def test_a_batch_is_a_pure_function_of_its_arguments(
         step %= 50  # epochs are packed one after the other
 
     def fresh(sizes: int) -> Batches:
-        drawn_before = dict.fromkeys(NAMES, before)
-        return Batches(corpus, mixture, sequence_length, sizes, seed, packing=packing, drawn_before=drawn_before)
+        def begun(**earlier: Drawn) -> Batches:
+            return Batches(corpus, mixture, sequence_length, sizes, seed, packing=packing, drawn_before=earlier)
+
+        orders = {name: drawn.order for name, drawn in begun().drawn(0).items()}
+        return begun(**{name: Drawn(tokens=before, order=orders.get(name, "")) for name in NAMES})
 
     batches = fresh(size)
     expected = batches.batch(step)
@@ -80,15 +84,46 @@ def test_a_later_stage_with_longer_sequences_sees_nothing_again(corpus: Corpus) 
     mixture = {"code": 1.0, "sums": 2.0}
     first = Batches(corpus, mixture, 16, 4, seed=3, packing="stream")
     drawn = first.drawn(20)
-    assert all(count % 16 == 0 for count in drawn.values())
-    assert sum(drawn.values()) >= 20 * 4 * 16
+    assert all(count.tokens % 16 == 0 for count in drawn.values())
+    assert sum(count.tokens for count in drawn.values()) >= 20 * 4 * 16
     later = Batches(corpus, mixture, 48, 4, seed=3, packing="stream", drawn_before=drawn)
     stream = DocumentStream(corpus.tokens("sums"), corpus.document_offsets("sums"), "3/sums")
     for turn in range(2):
         rows = [row for source, row in map(later.row, range(200)) if later.sources[source] == "sums"]
         row = rows[turn * stream.lanes]
-        expected = stream.read(0, drawn["sums"] // stream.lanes + 48 * turn, 49)
+        expected = stream.read(0, drawn["sums"].tokens // stream.lanes + 48 * turn, 49)
         assert row.tokens.tolist() == expected.tokens.tolist()
+
+
+def test_a_source_in_another_order_begins_anew(corpus: Corpus) -> None:
+    mixture = {"code": 1.0, "sums": 2.0}
+    drawn = Batches(corpus, mixture, 16, 4, seed=3, packing="stream").drawn(20)
+    again = Batches(corpus, mixture, 32, 4, seed=3, packing="masked_stream", drawn_before=drawn)
+    assert again.begun_anew == [] and again.drawn(0) == drawn
+    for changed in (
+        Batches(corpus, mixture, 32, 4, seed=4, packing="stream", drawn_before=drawn),
+        Batches(corpus, mixture, 32, 4, seed=3, packing="best_fit", drawn_before=drawn),
+    ):
+        assert changed.begun_anew == ["code", "sums"]
+        assert all(found.tokens == 0 for found in changed.drawn(0).values())
+    other = {**drawn, "sums": drawn["sums"].model_copy(update={"order": "another shard"})}
+    changed = Batches(corpus, mixture, 16, 4, seed=3, packing="stream", drawn_before=other)
+    assert changed.begun_anew == ["sums"]
+    first = Batches(corpus, mixture, 16, 4, seed=3, packing="stream")
+    of_sums = [
+        next(row.tokens.tolist() for source, row in map(batches.row, range(9)) if batches.sources[source] == "sums")
+        for batches in (changed, first)
+    ]
+    assert of_sums[0] == of_sums[1]
+
+
+def test_no_row_meets_itself_where_the_source_is_long_enough() -> None:
+    tokens = np.arange(20_000, dtype=np.uint16)
+    offsets = np.arange(0, 20_001, 50)
+    stream = DocumentStream(tokens, offsets, "0/words", longest=9_001)
+    assert stream.lanes == 2
+    read = np.concatenate([stream.read(lane, 0, 9_000).tokens for lane in range(2)])
+    assert len(np.unique(read)) == len(read)
 
 
 def test_documents_of_a_row_are_told_apart(corpus: Corpus) -> None:

@@ -61,6 +61,14 @@ def test_shares_move_from_start_to_end() -> None:
     assert pattern.drawn(100_000)["reasoning"] == pytest.approx(39_000, abs=30)
 
 
+def test_shares_move_through_a_stage_of_any_length() -> None:
+    for sequences in (2**20, 2**20 + 1, 1_600_000, 3_100_000):
+        pattern = Interleaving({"general": 1}, {"reasoning": 1}, sequences)
+        for part in (0.25, 0.5, 0.75):
+            assert pattern.shares(int(part * sequences))["reasoning"] == pytest.approx(part, abs=0.01)
+        assert pattern.drawn(sequences)["reasoning"] == pytest.approx(sequences / 2, rel=1e-3)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
 def test_interleave_is_within_one_of_every_share(counts: list[int]) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ling_flow.data.batches import Batches
+from ling_flow.data.drawn import Drawn
 from ling_flow.errors import UserError
 from ling_flow.model.hf import load_pretrained
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
@@ -64,8 +65,8 @@ def test_a_checkpoint_gives_back_every_bit(corpus, tmp_path):
     run(model, optimizer, corpus, steps=2)
     settings = stage_settings(optimizer=ADAMW8)
     state = TrainingState(
-        stage="short", step=2, stage_start=0, tokens=256, sequences=16, skipped_steps=0, seconds=1, load_violation=0,
-        settings=settings, drawn_before={}, drawn={"words": 256},
+        stage="short", step=2, stage_start=0, tokens=256, tokens_before=0, skipped_steps=0, seconds=1, load_violation=0,
+        settings=settings, drawn_before={}, drawn={"words": Drawn(tokens=256, order="")},
     )  # fmt: skip
     path = save_checkpoint(tmp_path, contents_of(model, optimizer, state))
     loaded = load_pretrained(path)

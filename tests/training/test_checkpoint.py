@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ling_flow.data.batches import Batches
+from ling_flow.data.drawn import Drawn
 from ling_flow.errors import UserError
 from ling_flow.model.hf import load_pretrained
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
@@ -26,9 +27,9 @@ SETTINGS = stage_settings()
 
 def state_at(step):
     return TrainingState(
-        stage="short", step=step, stage_start=0, tokens=step * 64, sequences=step * 4,
+        stage="short", step=step, stage_start=0, tokens=step * 64, tokens_before=0,
         skipped_steps=0, seconds=1.5, load_violation=0.25, settings=SETTINGS,
-        drawn_before={}, drawn={"words": step * 64},
+        drawn_before={}, drawn={"words": Drawn(tokens=step * 64, order="")},
     )  # fmt: skip
 
 
@@ -144,5 +145,5 @@ def test_training_state_of_another_model_is_refused(trained, tmp_path):
 def test_state_says_where_the_run_stands(trained, tmp_path):
     path = save_checkpoint(tmp_path, contents_of(*trained, state_at(7)))
     state = json.loads((path / "training_state" / "state.json").read_text())
-    assert (state["step"], state["tokens"], state["sequences"]) == (7, 448, 28)
+    assert (state["step"], state["tokens"], state["tokens_before"]) == (7, 448, 0)
     assert state["settings"]["optimizer"]["learning_rate"] == 3e-3

@@ -111,7 +111,7 @@ def test_bad_batches_in_a_row_are_passed_over_from_the_last_checkpoint(corpus, t
     assert [report.step for report in reports] == [*range(1, 16), *range(13, 25)]
     assert any("rolled back from step 15 to 12" in line for line in lines)
     assert (stage.state.step, stage.state.guard.rollbacks, stage.state.guard.batches_passed) == (24, 1, 3)
-    assert sum(stage.state.drawn.values()) >= 27 * 4 * 16
+    assert sum(drawn.tokens for drawn in stage.state.drawn.values()) >= 27 * 4 * 16
 
 
 def test_tokens_of_growing_batches_are_those_that_were_read(corpus, tmp_path):
@@ -145,6 +145,19 @@ def test_a_rollback_goes_to_a_planned_checkpoint(corpus, tmp_path, monkeypatch):
     assert again.state.guard == whole.state.guard
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_many_steps_that_are_skipped_one_by_one_end_the_run_too(corpus, tmp_path):
+    often = SETTINGS.model_copy(update={"guard": GuardSettings(factor=None, history=6, rollbacks=1)})
+    with pytest.raises(SystemFault, match=r"was not finite or a spike in \d\d% of the last 6 steps"):
+        run(corpus, tmp_path / "a", range(0, 40, 2), settings=often)
+
+
+def test_what_a_rollback_undoes_stays_counted(corpus, tmp_path):
+    stage, reports, _, _ = run(corpus, tmp_path / "a", {5, 13, 14})
+    assert stage.state.guard.rollbacks == 1
+    assert stage.state.skipped_steps == sum(report.skipped for report in reports) == 3
+    assert stage.state.seconds == pytest.approx(sum(report.seconds for report in reports))
 
 
 def test_rollbacks_have_a_limit(corpus, tmp_path):

@@ -1,16 +1,29 @@
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ling_flow.training.interval import SaveClock, best_interval, expected_loss
 from ling_flow.training.retention import Retention, kept
+from ling_flow.training.settings import number_at
 from tests.training.micro import stage_settings
 
 
-def test_planned_checkpoints_are_counted_back_from_the_end():
+def test_as_many_checkpoints_as_asked_for_evenly_spaced_and_the_last_at_the_end():
     numbers = {done: stage_settings(steps=7, checkpoints_saved=2).save_number(done) for done in range(1, 8)}
-    assert numbers == {1: 1, 2: None, 3: None, 4: 2, 5: None, 6: None, 7: 3}
+    assert {done: number for done, number in numbers.items() if number} == {4: 1, 7: 2}
     assert [stage_settings(steps=3, checkpoints_saved=8).save_number(done) for done in (1, 2, 3)] == [1, 2, 3]
+
+
+@given(steps=st.integers(1, 3000), count=st.integers(1, 3000))
+@settings(max_examples=60, deadline=None)
+def test_points_are_whole_steps_nearest_to_even(steps, count):
+    found = {done: number for done in range(steps + 1) if (number := number_at(done, steps, count)) is not None}
+    count = min(count, steps)
+    assert list(found.values()) == list(range(1, count + 1))
+    assert max(found) == steps
+    assert all(abs(done - number * steps / count) <= 0.5 for done, number in found.items())
 
 
 PLAN = {10: 1, 20: 2, 30: 3, 40: 4, 50: 5, 60: 6}

@@ -16,7 +16,7 @@ SETTINGS = stage_settings()
 
 def state_at(step):
     return TrainingState(
-        stage="short", step=step, stage_start=0, tokens=0, sequences=0, skipped_steps=0, seconds=0,
+        stage="short", step=step, stage_start=0, tokens=0, tokens_before=0, skipped_steps=0, seconds=0,
         load_violation=0, settings=SETTINGS, drawn_before={}, drawn={},
     )  # fmt: skip
 

@@ -60,7 +60,7 @@ def test_stage_keeps_the_newest_checkpoints_and_one_training_state(corpus, tmp_p
     assert [path.name for path in list_checkpoints(tmp_path / "a")] == ["step-00000004", "step-00000006"]
     assert not (tmp_path / "a" / "step-00000004" / "training_state").exists()
     assert (tmp_path / "a" / "step-00000006" / "training_state").exists()
-    assert (stage.state.step, stage.state.tokens, stage.state.sequences) == (6, 384, 24)
+    assert (stage.state.step, stage.state.tokens, stage.state.tokens_before) == (6, 384, 0)
 
 
 @pytest.mark.parametrize("die_after", [1, 3, 5])
