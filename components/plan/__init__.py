@@ -62,7 +62,8 @@ def resolve_lifecycle(config: PlanConfig) -> LifecycleConfig:
 
     Raises:
         UserError: an unknown preset, or an override that does not fit; the line names phase and field. Mixtures that
-            do not fit the sources. A given tokenizer that cannot be read, or models that have fewer token ids than it.
+            do not fit the sources; decontamination from problems that evaluate does not ask. A given tokenizer that
+            cannot be read, or models that have fewer token ids than it.
     """
     from components.plan.presets import PRESETS
 
@@ -79,8 +80,24 @@ def resolve_lifecycle(config: PlanConfig) -> LifecycleConfig:
     check_filled(merged)
     resolved = parse(LifecycleConfig, merged, "")
     check_mixtures(resolved)
+    _check_decontamination(resolved)
     _check_vocabulary(resolved)
     return resolved
+
+
+def _check_decontamination(config: LifecycleConfig) -> None:
+    chosen = config.prepare_data.filters.decontamination
+    if chosen is None or not chosen.tasks:
+        return
+    field, asked = "prepare_data.filters.decontamination", config.evaluate
+    if chosen.tasks != asked.tasks:
+        raise UserError(f"{field}.tasks: must be those of evaluate.tasks, or its problems are not looked for")
+    if chosen.seed != asked.seed:
+        raise UserError(f"{field}.seed: must be evaluate.seed ({asked.seed}), got {chosen.seed}")
+    if chosen.problems < asked.problems:
+        raise UserError(
+            f"{field}.problems: must be at least evaluate.problems ({asked.problems}), got {chosen.problems}"
+        )
 
 
 def _check_vocabulary(config: LifecycleConfig) -> None:

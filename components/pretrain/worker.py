@@ -29,6 +29,7 @@ from ling_flow.training.speed import Cost, measured_peak
 from ling_flow.training.stage import batch_sizes, open_stage, run_stage
 
 METRIC_POINTS = 200  # training metrics tracked per stage
+TOLD_ROUNDING = 0.05  # of a share, from which on it is told
 
 
 class Listener(Protocol):
@@ -123,6 +124,7 @@ def train_stage(
     )
     for source in batches.begun_anew:
         listener.log(f"{source}: begins anew; corpus, seed or packing are not those it was read in before")
+    _tell_rounding(batches, config, listener)
     mixture = config.mixture_end or config.mixture  # which the stage leaves with
 
     watts = None if config.watts is None else config.watts * workers.workers
@@ -225,6 +227,15 @@ def train_stage(
         load_violation=run.state.load_violation,
         skipped_steps=run.state.skipped_steps,
     )
+
+
+def _tell_rounding(batches: Batches, config: PretrainConfig, listener: Listener) -> None:
+    """Shares of a constant mixture are whole multiples of 1/16384, which tells where they are small."""
+    total = sum(config.mixture.values())
+    for source, share in batches.shares().items() if config.mixture_end is None else ():
+        wanted = config.mixture[source] / total
+        if abs(share / wanted - 1) > TOLD_ROUNDING:
+            listener.log(f"mixture.{source}: {wanted:.3g} of all asked for, {share:.3g} drawn; shares are rounded")
 
 
 class WorkerDefect(Exception):

@@ -191,6 +191,10 @@ class Batches:
         before = self._drawn_before.get(source)
         return 0 if before is None or source in self.begun_anew else before.tokens
 
+    def shares(self, sequence: int = 0) -> dict[str, float]:
+        """The mixture as it is drawn at a sequence of the stage; sums to 1."""
+        return self._interleaving.shares(self._first + sequence)
+
     def batch(self, step: int) -> Batch:
         """The sequences of a step, counted from the start of the stage."""
         first = self.sizes.before(step)

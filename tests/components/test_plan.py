@@ -44,9 +44,30 @@ def test_one_weight_of_the_presets_is_changed_by_itself() -> None:
     assert len(config.pretrain_mid.mixture) == 5
 
 
+TASKS = [{"name": "chain_sum"}, {"name": "gcd"}]
+
+
+def decontaminated(evaluate: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    return {
+        "prepare_data": {"filters": {"decontamination": {"tasks": TASKS, **fields}}},
+        "evaluate": {"tasks": TASKS, **(evaluate or {})},
+    }
+
+
+def test_decontamination_from_the_problems_that_are_asked() -> None:
+    assert resolved(decontaminated()).prepare_data.filters.decontamination is not None
+    resolved(decontaminated({"seed": 6, "problems": 2000}, seed=6, problems=2000))
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (decontaminated({"tasks": TASKS[:1]}), r"decontamination\.tasks: must be those of evaluate\.tasks"),
+        (decontaminated({"seed": 6}), r"decontamination\.seed: must be evaluate\.seed \(6\), got 1$"),
+        (
+            decontaminated({"problems": 2000}),
+            r"decontamination\.problems: must be at least evaluate\.problems \(2000\)",
+        ),
         (
             {"prepare_data": {"sources": OWN}},
             r"^wind_tunnel\.mixture, pretrain_short\.mixture, .*: missing; .* give the weight of each of yours$",

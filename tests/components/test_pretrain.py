@@ -98,7 +98,7 @@ def test_what_a_stage_tells_while_it_trains(root, inputs, monkeypatch):
     tracker, lines = Recorder(), []
     monkeypatch.setattr(Step, "log", lambda self, text: lines.append(text))
     outcome = pretrain(
-        config(precision="fp8", fp8={"watch_every": 4}, evaluations=2, watts=300.0),
+        config(precision="fp8", fp8={"watch_every": 4}, evaluations=1, watts=300.0),
         root=root,
         tracker=tracker,
         **inputs,
@@ -116,6 +116,23 @@ def test_what_a_stage_tells_while_it_trains(root, inputs, monkeypatch):
 def test_a_moving_mixture_of_windows_is_refused_before_anything_runs():
     with pytest.raises(UserError, match="mixture_end needs packing stream"):
         parse(PretrainConfig, {**config(), "mixture_end": {"words": 1}}, "pretrain")
+
+
+def test_a_moving_mixture_is_judged_by_what_it_ends_with(root, inputs):
+    tracker = Recorder()
+    ends = {"mixture": {"words": 1}, "mixture_end": {"numbers": 1, "words": 0}}
+    outcome = pretrain(config(packing="stream", **ends), root=root, tracker=tracker, **inputs)
+    assert outcome.result.validation_loss == tracker.seen[6]["validation_loss/numbers"]
+    assert CheckpointIndex.load(outcome.outputs["checkpoints"]).mixture == {"numbers": 1, "words": 0}
+
+
+def test_shares_that_rounding_changes_are_told(root, inputs, monkeypatch):
+    lines = []
+    monkeypatch.setattr(Step, "log", lambda self, text: lines.append(text))
+    pretrain(config(mixture={"words": 1, "numbers": 3.2e-5}), root=root, **inputs)
+    assert [line for line in lines if "rounded" in line] == [
+        "mixture.numbers: 3.2e-05 of all asked for, 6.1e-05 drawn; shares are rounded"
+    ]
 
 
 def test_evaluating_changes_no_bit(root, inputs):
@@ -163,6 +180,9 @@ def test_a_stage_can_extend_the_context_by_yarn(short, root, inputs):
     model = load_pretrained(latest)
     assert model.config.max_position_embeddings == 32
     assert model.config.rope_scaling is not None and model.config.rope_scaling.factor == 2
+    later = pretrain(config(stage="later"), root=root, previous=outcome.refs["checkpoints"], **inputs)
+    latest = later.outputs["checkpoints"] / CheckpointIndex.load(later.outputs["checkpoints"]).latest
+    assert load_pretrained(latest).config.rope_scaling == model.config.rope_scaling  # from that stage on
     with pytest.raises(UserError, match=r"rope_scaling: factor × original_max_position_embeddings is 64; .* at most"):
         parse(PretrainConfig, {**config(), "rope_scaling": {**yarn, "factor": 4}}, "pretrain")
 
@@ -179,10 +199,10 @@ def test_a_later_stage_draws_sequences_the_first_did_not(short, root, inputs, mo
 
     monkeypatch.setattr(batches.Batches, "__init__", record)
     more = pretrain(config(stage="more"), root=root, previous=short.refs["checkpoints"], **inputs)
-    assert sum(opened[0].values()) >= short.result.tokens
-    assert all(drawn % 16 == 0 for drawn in opened[0].values())
+    assert sum(drawn.tokens for drawn in opened[0].values()) >= short.result.tokens
+    assert all(drawn.tokens % 16 == 0 for drawn in opened[0].values())
     pretrain(config(stage="yet_more"), root=root, previous=more.refs["checkpoints"], **inputs)
-    assert sum(opened[1].values()) >= short.result.tokens + more.result.tokens
+    assert sum(drawn.tokens for drawn in opened[1].values()) >= short.result.tokens + more.result.tokens
 
 
 def test_another_model_or_another_tokenizer_is_refused(short, root, inputs, tmp_path):
@@ -217,6 +237,10 @@ def test_another_model_or_another_tokenizer_is_refused(short, root, inputs, tmp_
         (
             {"model": micro_model(torch_dtype="bfloat16").model_dump()},
             "model.torch_dtype must be 'float32', got 'bfloat16'",
+        ),
+        (
+            {"router_loss": {"balance": 0.1, "balance_over": "batch"}, "workers": 2},
+            "router_loss.balance_over: batch is over the rows of one worker; 2 would change the result",
         ),
         ({"stag": "x"}, "pretrain.stag: unknown field; did you mean 'stage'"),
     ],

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from ling_flow.data.drawn import Drawn
 from ling_flow.errors import UserError
 from ling_flow.model.hf import load_pretrained
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
+from ling_flow.training import checkpoint
 from ling_flow.training.checkpoint import (
     contents_of,
     drop_training_state,
@@ -103,6 +106,22 @@ def test_missing_cut_and_unlisted_files_are_found(trained, tmp_path):
             verify_checkpoint(path)
     listing.unlink()
     assert latest_checkpoint(tmp_path, lambda line: None) is None
+
+
+def test_one_that_cannot_be_read_is_skipped_like_a_damaged_one(trained, tmp_path, monkeypatch):
+    good = save_checkpoint(tmp_path, contents_of(*trained, state_at(1)))
+    bad = save_checkpoint(tmp_path, contents_of(*trained, state_at(2)))
+    read = checkpoint._sha256
+
+    def fails(path):
+        if path == bad / "model.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", fails)
+    lines = []
+    assert latest_checkpoint(tmp_path, lines.append) == good
+    assert lines == [f"checkpoint skipped: {bad / 'model.safetensors'}: cannot be read (Input/output error)"]
 
 
 def test_a_directory_of_another_name_is_no_checkpoint(trained, tmp_path):

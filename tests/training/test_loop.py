@@ -124,16 +124,21 @@ class Documents:
         return Batch(tokens, documents, torch.zeros(4, dtype=torch.int64))
 
 
-def test_parts_of_documents_of_unequal_length_add_up_to_the_whole_batch(corpus):
+@pytest.mark.parametrize("router_loss", [None, RouterLoss(balance=0.5, z=0.1)])
+def test_parts_of_documents_of_unequal_length_add_up_to_the_whole_batch(corpus, router_loss):
     (whole, one), *parts = (
-        run(corpus, steps=1, batches=Documents(), sequences_per_forward=rows) for rows in (None, 1, 2)
+        run(corpus, steps=1, batches=Documents(), sequences_per_forward=rows, router_loss=router_loss)
+        for rows in (None, 1, 2)
     )
+    assert one[0].tokens == 4 * 32 - 12  # padding is none
     for model, found in parts:
         for figure in ("loss", "cross_entropy", "mtp_cross_entropy"):
             assert getattr(found[0], figure) == pytest.approx(getattr(one[0], figure), rel=1e-5)
         assert found[0].gradient_norm == pytest.approx(one[0].gradient_norm, rel=1e-4)
         mine, exact = model.model.layers[-1].eh_proj.weight.grad, whole.model.layers[-1].eh_proj.weight.grad
         torch.testing.assert_close(mine, exact, rtol=1e-3, atol=1e-6)
+        for gate, reference in zip(model.gates(), whole.gates(), strict=True):
+            torch.testing.assert_close(gate.weight.grad, reference.weight.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_a_checkpoint_may_follow_every_step(corpus):

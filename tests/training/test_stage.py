@@ -99,6 +99,21 @@ def test_damaged_newest_checkpoint_is_reported_and_made_again(corpus, tmp_path):
         assert_same_model(tmp_path / "whole" / name, tmp_path / "broken" / name)
 
 
+def test_where_no_checkpoint_is_whole_none_is_removed(corpus, tmp_path):
+    settings, config = stage_settings(checkpoints_saved=6, retention=Retention(window=4)), micro_model()
+    with pytest.raises(Killed):
+        run(corpus, tmp_path / "a", settings, config, die_after=5)
+    there = list_checkpoints(tmp_path / "a")
+    for path in there[-2:]:
+        moments = path / "training_state" / "optimizer.safetensors"
+        moments.write_bytes(moments.read_bytes()[:-1])
+    lines = []
+    with pytest.raises(UserError, match=r"none of its 4 checkpoints up to step-00000005 can be gone on from"):
+        run(corpus, tmp_path / "a", settings, config, log=lines.append)
+    assert list_checkpoints(tmp_path / "a") == there and len(there) == 4
+    assert len(lines) == 2 and all("optimizer.safetensors: damaged" in line for line in lines)
+
+
 def test_finished_stage_has_nothing_left_to_train(corpus, tmp_path):
     settings, config = stage_settings(), micro_model()
     first, _, _ = run(corpus, tmp_path / "a", settings, config)
