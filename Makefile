@@ -22,8 +22,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt torch
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	$(PIP) --constraint constraints.txt --no-deps nemo-automodel
-	# The oldest supported Triton, for tests that compile with it.
-	$(PIP) --no-deps --upgrade --target $(VENV)/triton-oldest triton==3.6.0
+	# The oldest supported Triton, for tests that compile with it. There are wheels for Linux only.
+	test "$$(uname)" != Linux || $(PIP) --no-deps --upgrade --target $(VENV)/triton-oldest triton==3.6.0
 	$(BIN)/python -W ignore -m compileall -qq -j 0 -x '/tests?/' $(VENV) || true # some templates are no Python
 	touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A process asks for Ray's token or does without once and for all, and tests of both kinds share processes. The command
 # line, as users call it, has its own (`user_environment`).
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what follows `&` deaf to Ctrl-C, and so would be all that tests start and interrupt.
