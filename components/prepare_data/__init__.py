@@ -103,14 +103,23 @@ def _pinned(config: PrepareDataConfig) -> PrepareDataConfig:
     return config.model_copy(update={**pinned, "tokenizer_digest": digest})
 
 
-@component(version=2, resources=Resources(cpus=2, memory_gib=4), resolve=_pinned)
+def _given_tokenizer(config: PrepareDataConfig) -> Tokenizer | None:
+    if config.tokenizer is None:
+        return None
+    tokenizer = Tokenizer.load(config.tokenizer)
+    if config.tokenizer_digest not in (None, tokenizer.digest):
+        raise UserError(f"tokenizer: {config.tokenizer} has changed since its digest was taken; run again")
+    return tokenizer
+
+
+@component(version=3, resources=Resources(cpus=2, memory_gib=4), resolve=_pinned)
 def prepare_data(
     config: PrepareDataConfig, corpus: Output[Dataset], report: Output[HTML], step: Step
 ) -> PrepareDataResult:
     """Read the sources, train a tokenizer or take the given one, and write deduplicated token shards."""
     from ling_flow.data.build import build_corpus
     from ling_flow.data.examine import default_workers
-    from ling_flow.data.report import html_page
+    from ling_flow.data.report import filter_lines, html_page
 
     built = build_corpus(
         corpus.path,
@@ -119,7 +128,7 @@ def prepare_data(
         validation_share=config.validation_share,
         tokenizer_characters=config.tokenizer_characters,
         seed=config.seed,
-        tokenizer=None if config.tokenizer is None else Tokenizer.load(config.tokenizer),
+        tokenizer=_given_tokenizer(config),
         filters=config.filters,
         workers=config.workers or default_workers(),
         progress=step.progress,
@@ -128,6 +137,8 @@ def prepare_data(
     page = report.path / "index.html"
     page.write_text(html_page(statistics, f"Corpus of {', '.join(statistics.sources)}"), encoding="utf-8")
     step.tracker.artifact(page)
+    for line in filter_lines(statistics):
+        step.log(line)
     for name, source in statistics.sources.items():
         step.log(f"{name}: {source.tokens:,} tokens, {source.unigram_entropy:.3f} nats per token under its unigram")
     corpus.contract.update(

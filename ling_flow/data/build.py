@@ -19,7 +19,7 @@ from ling_flow.data import quality
 from ling_flow.data.chat import SPECIAL_TOKENS, THINK_TOKENS, chat_template_digest
 from ling_flow.data.contamination import evaluation_ngrams
 from ling_flow.data.corpus import Corpus, index_path, shard_path, token_dtype
-from ling_flow.data.documents import documents, is_rendered
+from ling_flow.data.documents import check_read, documents, is_rendered
 from ling_flow.data.examine import Batch, Examined, Examiner, Examiners
 from ling_flow.data.files import Reading
 from ling_flow.data.filters import Filters
@@ -29,6 +29,7 @@ from ling_flow.data.statistics import (
     SPLITS,
     Contaminated,
     CorpusStatistics,
+    FilterStatistics,
     SourceStatistics,
     Split,
     SplitStatistics,
@@ -65,7 +66,7 @@ def build_corpus(
     `tokenizer`, none is learnt. `progress(done, total, text)` is told about every source.
 
     Raises:
-        UserError: a source cannot be read, or has too few documents to split.
+        UserError: a source cannot be read, changes while it is, or has too few documents to split.
         SystemFault: a process that tokenises was killed.
     """
     path, filters = Path(path), filters or Filters()
@@ -88,7 +89,8 @@ def build_corpus(
             for done, source in enumerate(sources, start=1):
                 for text in writer.write(source):
                     progress(done, total, text)
-        (working / "corpus.json").write_text(writer.statistics().model_dump_json(indent=2) + "\n")
+        statistics = writer.statistics().model_dump_json(indent=2, exclude_none=True)
+        (working / "corpus.json").write_text(statistics + "\n")
         working.rename(path)  # onto an empty directory, too
         progress(total, total, "corpus written")
     except BaseException:
@@ -159,6 +161,7 @@ class _Writer:
                     f"sources.{source.name}: gives {train.documents} training and {validation.documents} validation "
                     "documents; at least one of each is needed: add documents or change validation_share"
                 )
+        check_read(source)
         counts = {split: self._count(source.name, split) for split in SPLITS}
         for split in SPLITS:
             self.counts[split] += counts[split]
@@ -219,7 +222,18 @@ class _Writer:
             tokenizer_digest=self.tokenizer.digest,
             chat_template_digest=chat_template_digest(),
             unigram_entropy=unigram_cross_entropy(self.counts["train"], self.counts["validation"]),
+            filters=self._filter_statistics(),
             sources=self.written,
+        )
+
+    def _filter_statistics(self) -> FilterStatistics | None:
+        evaluation, near = self.examiners.examiner.evaluation, self.near
+        if evaluation is None and near is None:
+            return None
+        return FilterStatistics(
+            problems=None if evaluation is None else evaluation.problems - evaluation.short,
+            short_problems=None if evaluation is None else evaluation.short,
+            partly_compared=None if near is None else near.partly,
         )
 
 

@@ -15,10 +15,12 @@ from itertools import islice
 from pathlib import Path
 
 from ling_flow.data import chat, reasoning
-from ling_flow.data.files import Reading, file_documents, files_digest, split_text
-from ling_flow.data.sources import BoundedSource, ReasoningSource, Source, StdlibSource
+from ling_flow.data.files import Reading, check_contents, file_documents, files_digest, split_text
+from ling_flow.data.sources import BoundedSource, FilesSource, ReasoningSource, Source, StdlibSource
 from ling_flow.errors import UserError
 
+SHA_256 = "sha256 "
+"""Beginning of the digest of files."""
 SHORTEST_DOCSTRING = 80
 SKIPPED_FOLDERS = {"__pycache__", "config", "dist", "encodings", "idlelib", "pydoc_data", "site", "test", "tests"}
 """Folders of the standard library that are not its own code, or are tables; a name counts up to its first hyphen."""
@@ -40,6 +42,27 @@ def documents(source: Source, seed: int, reading: Reading | None = None) -> Iter
     return _bounded((text for text in found if text.strip()), source, reading)
 
 
+def problems_of(source: FilesSource) -> Iterator[str]:
+    """The problems of an evaluation set: its documents, but of a text every line that is not blank.
+
+    Raises:
+        UserError: as `documents`.
+    """
+    reading = Reading()
+    found = file_documents(source, reading, by_line=True)
+    return _bounded((text for text in found if text.strip()), source, reading)
+
+
+def check_read(source: Source) -> None:
+    """To be called when a pinned source has been read: what was read is what its digest tells of.
+
+    Raises:
+        UserError: a file has changed since.
+    """
+    if isinstance(source, FilesSource) and source.digest is not None:
+        check_contents(source, source.digest.removeprefix(SHA_256))
+
+
 def pin(source: Source) -> Source:
     """`source` with `digest` filled, so that changed content changes the step's fingerprint.
 
@@ -52,7 +75,7 @@ def pin(source: Source) -> Source:
         listing = "".join(f"{name} {path.stat().st_size}\n" for name, path in _stdlib_files(source))
         digest = f"python {sys.version.split()[0]} {hashlib.sha256(listing.encode()).hexdigest()}"
     else:
-        digest = f"sha256 {files_digest(source)}"
+        digest = SHA_256 + files_digest(source)
     if source.digest not in (None, digest):
         raise UserError(f"sources.{source.name}.digest: content is {digest!r}, not {source.digest!r} as given")
     return source.model_copy(update={"digest": digest})

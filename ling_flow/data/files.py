@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
+from ling_flow.data.places import Place, format_of, named, resolve
 from ling_flow.data.sources import FilesSource
-from ling_flow.errors import LingFlowError, SystemFault, UserError
+from ling_flow.errors import LingFlowError, UserError
 
 DOCUMENT_CHARACTERS = 4000
 """Texts longer than this are split at blank lines."""
-SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".py": "text",
-}
-HUB_SHARD = re.compile(r"(?:^|/)(?P<split>[^/]+)-\d{5}-of-\d{5}\.parquet$")
-HUB_KEYWORDS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+BATCH_BYTES, BATCH_ROWS = 2**22, 1024
+"""Of a column, at once become Python's texts: rows of so many bytes by their average, so many rows at most."""
+COLUMN_BYTES = 2**20
+"""Of a Parquet column are read from the file at once."""
 
 
 class Reading:
@@ -62,169 +58,147 @@ def _blocks(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def file_documents(source: FilesSource, reading: Reading) -> Iterator[str]:
-    """The documents of all files, in their order."""
-    readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, "arrow": _read_arrow}
-    paths = _resolve(source)
-    for number, path in enumerate(paths):
-        size = _size(path)
+def file_documents(source: FilesSource, reading: Reading, *, by_line: bool = False) -> Iterator[str]:
+    """The documents of all files, in their order; with `by_line` every line of a text is one that is not blank."""
+    readers = {
+        "jsonl": _read_jsonl,
+        "parquet": _read_parquet,
+        "text": _read_lines if by_line else _read_text,
+        "arrow": _read_arrow,
+    }
+    places = resolve(source)
+    for number, place in enumerate(places):
+        form, compression = format_of(source, place)
+        size = place.size()
         try:
-            with _open(path) as stream:
-                for text in readers[_format(source, path)](stream, path, source.text_field):
+            with place.open() as stream, _unpacked(stream, compression, place.name) as unpacked:
+                for text in readers[form](unpacked, place.name, source.text_field):
                     # Parquet starts with its end, the footer: never more than the whole file, and never less again.
-                    reading.reached((number + min(stream.tell() / size, 1) if size else number) / len(paths))
+                    reading.reached((number + min(stream.tell() / size, 1) if size else number) / len(places))
                     yield text
         except LingFlowError:
             raise
         except Exception as error:
-            raise _named(error, path) from None
+            raise named(error, place.name) from None
+
+
+_digests: dict[str, tuple[str, str]] = {}
+"""What `files_digest` found in this process, by the file's name: its state then, its SHA-256."""
 
 
 def files_digest(source: FilesSource) -> str:
     """SHA-256 over the formats and contents of all files, in their order."""
     whole = hashlib.sha256()
-    for path in _resolve(source):
-        try:
-            with _open(path) as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        except Exception as error:
-            raise _named(error, path) from None
-        whole.update(f"{_format(source, path)} {digest}\n".encode())
+    for place in resolve(source):
+        state = _state(place)  # before reading, so that what changes meanwhile differs later
+        digest = _sha256(place)
+        _digests[place.name] = state, digest
+        whole.update(_identity(source, place, digest))
     return whole.hexdigest()
 
 
-def _resolve(source: FilesSource) -> list[str]:
-    """The files that `source.paths` name: in the order given, a pattern's matches by name."""
-    import fsspec
+def check_contents(source: FilesSource, expected: str) -> None:
+    """To be called when `source` has been read: its content is still that of the `files_digest` `expected`.
 
-    found: list[str] = []
-    for path in source.paths:
-        where = f"sources.{source.name}.paths: {path}"
-        try:
-            filesystem, local = fsspec.url_to_fs(path)
-            is_pattern = any(character in path for character in "*?[")
-            named = sorted(filesystem.glob(local)) if is_pattern else [local]
-            if source.format == "hf_dataset":
-                folders = [match for match in named if filesystem.isdir(match)]
-                matches = [file for folder in folders for file in _dataset_files(filesystem, folder, source.split)]
-            else:
-                matches = [match for match in named if filesystem.isfile(match)]
-            if not matches:
-                thing = "directory" if source.format == "hf_dataset" else "file"
-                what = f"no {thing} matches this pattern" if is_pattern else f"no such {thing}"
-                if thing == "file" and not is_pattern and filesystem.isdir(local):
-                    what = "is a directory; give a pattern such as *.parquet, or format hf_dataset"
-                raise UserError(what)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except Exception as error:
-            raise _named(error, where) from None
-        found += [filesystem.unstrip_protocol(match) if "://" in path else match for match in matches]
-    return found
+    A file whose state is as it was is not read again.
 
-
-def _dataset_files(filesystem: Any, folder: str, split: str | None) -> list[str]:
-    """The files of a Hugging Face dataset in `folder`.
-
-    `save_to_disk` writes Arrow streams that `state.json` lists, in a folder per split if `dataset_dict.json` is there.
-    On the Hub a dataset is Parquet files; their names tell the split.
+    Raises:
+        UserError: a file has changed, come, or gone.
     """
-    folder = folder.rstrip("/")
-    if filesystem.isfile(f"{folder}/dataset_dict.json"):
-        splits = _dataset_json(filesystem, f"{folder}/dataset_dict.json", "splits")
-        wanted = split or "train"
-        if wanted not in splits:
-            raise UserError(f"has no split '{wanted}'; it has {', '.join(map(str, splits))}; set split")
-        folder, split = f"{folder}/{wanted}", None
-    if filesystem.isfile(f"{folder}/state.json"):
-        entries = _dataset_json(filesystem, f"{folder}/state.json", "_data_files")
-        if split is not None:
-            raise UserError(f"is one Dataset, without splits; leave split out (got '{split}')")
-        if not all(isinstance(entry, dict) and isinstance(entry.get("filename"), str) for entry in entries):
-            raise UserError(f"{folder}/state.json: '_data_files' must list objects with a 'filename'")
-        return [f"{folder}/{entry['filename']}" for entry in entries]
-    return _hub_files(filesystem, folder, split or "train")
-
-
-def _dataset_json(filesystem: Any, path: str, field: str) -> list[Any]:
-    try:
-        value = json.loads(filesystem.cat_file(path))[field]
-    except (ValueError, KeyError, TypeError):
-        value = None
-    if not isinstance(value, list):
-        raise UserError(f"{path}: must be a JSON object with a list '{field}', as datasets.save_to_disk writes it")
-    return value
-
-
-def _hub_files(filesystem: Any, folder: str, split: str) -> list[str]:
-    """Parquet files of `split`: `train-00000-of-00002.parquet`, else with the split as a word of the path; files whose
-    paths name no split at all are `train`."""
-    found = {str(file)[len(folder) + 1 :]: str(file) for file in sorted(filesystem.glob(f"{folder}/**/*.parquet"))}
-    if not found:
-        raise UserError("holds no dataset: neither state.json nor dataset_dict.json (save_to_disk), nor parquet files")
-    shards = {name: match["split"] for name in found if (match := HUB_SHARD.search(name))}
-    words = {name: re.split(r"[-._ 0-9/]+", name) for name in found}
-    if len(shards) == len(found):
-        chosen = [name for name in found if shards[name] == split]
-    elif any(keyword in parts for parts in words.values() for keyword in (*HUB_KEYWORDS, split)):
-        chosen = [name for name in found if split in words[name]]
-    else:
-        chosen = list(found) if split == "train" else []
-    if not chosen:
-        known = f"; it has {', '.join(sorted(set(shards.values())))}" if shards else ""
-        raise UserError(f"has no parquet files of split '{split}'{known}; set split")
-    folders = sorted({name.rpartition("/")[0] for name in chosen})
-    if len(folders) > 1:
+    whole = hashlib.sha256()
+    for place in resolve(source):
+        state, digest = _digests.get(place.name, ("", ""))
+        if state != _state(place):
+            now = _sha256(place)
+            if digest and now != digest:
+                raise UserError(f"{place.name}: has changed while it was read; run again when nothing writes it")
+            digest = now
+        whole.update(_identity(source, place, digest))
+    if whole.hexdigest() != expected:
         raise UserError(
-            f"holds split '{split}' in several folders ({', '.join(folders[:3])}{', …' if len(folders) > 3 else ''}); "
-            "name one of them, or all by a pattern with format parquet"
+            f"sources.{source.name}: the content of {', '.join(source.paths)} has changed while it was read; run again "
+            "when nothing writes there"
         )
-    return [found[name] for name in chosen]
 
 
-def _open(path: str) -> Any:
-    import fsspec
-
-    return fsspec.open(path, "rb").open()
+def _identity(source: FilesSource, place: Place, digest: str) -> bytes:
+    return f"{' '.join(filter(None, format_of(source, place)))} {digest}\n".encode()
 
 
-def _named(error: Exception, where: str) -> Exception:
-    """What a file or a store says, as one line of a kind; a defect of ours as it is. Every store has its own errors."""
-    remote = "://" in where
-    if not remote and not isinstance(error, OSError | ImportError | ValueError):
-        return error
-    reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-    wrong = FileNotFoundError | PermissionError | IsADirectoryError | ImportError | ValueError
-    if remote and not isinstance(error, wrong) and "Credentials" not in type(error).__name__:
-        return SystemFault(f"{where}: cannot be read ({reason}); run again when the store answers")
-    return UserError(f"{where}: cannot be read ({reason})")
+def _state(place: Place) -> str:
+    try:
+        return place.state()
+    except Exception as error:
+        raise named(error, place.name) from None
 
 
-def _size(path: str) -> int:
-    """Bytes of a file; 0 where the file system does not tell."""
-    import fsspec
+def _sha256(place: Place) -> str:
+    try:
+        with place.open() as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except Exception as error:
+        raise named(error, place.name) from None
+
+
+class _Watched:
+    """A stream that remembers what reading it raised: through other libraries that looks like damage to the file."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.fault: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def read(self, *size: int) -> bytes:
+        try:
+            return self._stream.read(*size)
+        except Exception as error:
+            self.fault = error
+            raise
+
+
+@contextlib.contextmanager
+def _whole(stream: _Watched, path: str, thing: str) -> Iterator[None]:
+    """What is raised within means that `path` is no whole `thing`, unless it is the stream's own fault."""
+    import pyarrow
 
     try:
-        filesystem, local = fsspec.url_to_fs(path)
-        return int(filesystem.size(local) or 0)
-    except OSError:
-        return 0
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        if stream.fault is not None:
+            raise stream.fault from None
+        raise UserError(f"{path}: not a whole {thing} ({' '.join(str(error).split())})") from None
 
 
-def _format(source: FilesSource, path: str) -> str:
-    if source.format not in ("auto", "hf_dataset"):
-        return source.format
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(
-            f"{path}: suffix {suffix!r} tells no format; set sources.{source.name}.format to jsonl, parquet or text"
-        )
-    return SUFFIXES[suffix]
+@contextlib.contextmanager
+def _unpacked(stream: IO[bytes], compression: str | None, path: str) -> Iterator[IO[bytes]]:
+    """What a compressed file holds; without `compression` the stream itself."""
+    if compression is None:
+        yield stream
+        return
+    watched = _Watched(stream)
+    with _whole(watched, path, f"{compression} file"):
+        if compression == "gzip":
+            yield cast(IO[bytes], gzip.GzipFile(fileobj=watched, mode="rb"))
+        else:
+            import pyarrow
+
+            yield io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(watched, mode="r"), compression))
 
 
 def _read_text(stream: IO[bytes], path: str, _: str) -> Iterator[str]:
+    return split_text(_decoded(stream, path))
+
+
+def _read_lines(stream: IO[bytes], path: str, _: str) -> Iterator[str]:
+    return (line for line in _decoded(stream, path).split("\n") if line.strip())
+
+
+def _decoded(stream: IO[bytes], path: str) -> str:
+    """A whole text, without a byte order mark and with line ends of one kind."""
     try:
-        return split_text(stream.read().decode())
+        return stream.read().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
@@ -244,52 +218,39 @@ def _read_jsonl(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
         yield _checked(row[field], f"{path}:{number}", field)
 
 
-class _Watched:
-    """A stream that remembers what reading it raised: through Arrow that looks like damage to the file."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self.fault: Exception | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def read(self, *size: int) -> bytes:
-        try:
-            return self._stream.read(*size)
-        except Exception as error:
-            self.fault = error
-            raise
-
-
 def _read_parquet(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
-    import pyarrow
     from pyarrow import parquet
 
     watched = _Watched(stream)
-    try:
-        table = parquet.ParquetFile(watched)
+    with _whole(watched, path, "parquet file of UTF-8 texts"):
+        table = parquet.ParquetFile(watched, buffer_size=COLUMN_BYTES, pre_buffer=False)
         _require_column(table.schema_arrow.names, path, field)
-        columns = (batch.column(0) for batch in table.iter_batches(columns=[field]))
-        yield from _column_texts(columns, path, field)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if watched.fault is not None:
-            raise watched.fault from None
-        raise UserError(f"{path}: not a whole parquet file of UTF-8 texts ({' '.join(str(error).split())})") from None
+        batches = table.iter_batches(batch_size=_batch_rows(table.metadata, field), columns=[field], use_threads=False)
+        yield from _column_texts((batch.column(0) for batch in batches), path, field)
+
+
+def _batch_rows(metadata: Any, field: str) -> int:
+    """Rows that hold about `BATCH_BYTES` where the texts are longest."""
+    longest = 0.0
+    for column in (at for at in range(metadata.num_columns) if metadata.schema.column(at).path == field):
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            longest = max(longest, group.column(column).total_uncompressed_size / max(group.num_rows, 1))
+    return _rows_at_once(longest)
+
+
+def _rows_at_once(average: float) -> int:
+    """Of rows of so many bytes."""
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(average, 1))))
 
 
 def _read_arrow(stream: IO[bytes], path: str, field: str) -> Iterator[str]:
     import pyarrow
 
     watched = _Watched(stream)
-    try:
+    with _whole(watched, path, "Arrow stream of UTF-8 texts"):
         batches = pyarrow.ipc.open_stream(watched)
         _require_column(batches.schema.names, path, field)
         yield from _column_texts((batch.column(field) for batch in batches), path, field)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if watched.fault is not None:
-            raise watched.fault from None
-        raise UserError(f"{path}: not a whole Arrow stream of UTF-8 texts ({' '.join(str(error).split())})") from None
 
 
 def _require_column(names: list[str], path: str, field: str) -> None:
@@ -300,9 +261,11 @@ def _require_column(names: list[str], path: str, field: str) -> None:
 def _column_texts(columns: Iterator[Any], path: str, field: str) -> Iterator[str]:
     number = 0
     for column in columns:
-        for value in column.to_pylist():
-            number += 1
-            yield _checked(value, f"{path}: row {number}", field)
+        rows = _rows_at_once(column.nbytes / max(len(column), 1))
+        for begin in range(0, len(column), rows):
+            for value in column.slice(begin, rows).to_pylist():
+                number += 1
+                yield _checked(value, f"{path}: row {number}", field)
 
 
 def _checked(value: Any, where: str, field: str) -> str:

@@ -19,7 +19,7 @@ class NearDuplicates(StrictModel):
     """MinHash signatures of word n-grams; a document that is near one that the corpus holds is left out."""
 
     threshold: float = Field(0.8, gt=0, le=1, description="estimated Jaccard similarity from which on two are one")
-    ngram: int = Field(5, ge=1, description="words per n-gram")
+    ngram: int = Field(5, ge=1, description="words per n-gram; of scripts without blanks, characters")
     permutations: int = Field(128, ge=16, description="size of a signature: more for a sharper estimate")
 
     @field_validator("permutations")
@@ -33,17 +33,20 @@ class NearDuplicates(StrictModel):
 class Decontamination(StrictModel):
     """Documents that share a word n-gram with a problem of an evaluation set are left out.
 
-    Words are runs of letters, digits and underscores, and single signs, in lower case; a question mark at a problem's
-    end does not count. A problem shorter than `ngram` words is one n-gram, whole, if it has 3 words or more.
+    Words are runs of letters, digits and underscores, and single signs, in lower case and one Unicode form; in scripts
+    without blanks (Chinese, Thai, …) single characters. A question mark or full stop at a problem's end does not count.
+    A problem shorter than `ngram` words is one n-gram, whole, if it has 3 words (9 of those characters) or more.
     """
 
-    ngram: int = Field(13, ge=3, description="words per n-gram")
+    ngram: int = Field(13, ge=3, description="words per n-gram; of scripts without blanks, characters")
     tasks: tuple[TaskSpec, ...] = Field((), description="families of held-out problems, as in evaluate.tasks")
     problems: int = Field(
         1000, ge=1, description="held-out problems, at most; the first of them are what evaluate asks"
     )
     seed: int = Field(1, ge=0, lt=2**32, description="seed that draws the held-out problems, as in evaluate.seed")
-    files: tuple[FilesSource, ...] = Field((), description="evaluation sets of your own; each document is a problem")
+    files: tuple[FilesSource, ...] = Field(
+        (), description="evaluation sets of your own; each document is a problem, in a text each line"
+    )
 
     @model_validator(mode="after")
     def _against_something(self) -> Self:

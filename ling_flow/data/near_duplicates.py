@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ling_flow.data.filters import NearDuplicates
+from ling_flow.data.words import words
 
-WORD = re.compile(r"\w+")
 SEED = 42
 """Of the permutations. Fixed: which documents are near each other is no matter of chance."""
 FOUND = 0.9
 """Least probability with which a pair exactly at the threshold is looked at; pairs above it are found more surely."""
+
+ALIKE = 100
+"""Kept documents in one band of a signature, at most: the first ones. Texts of one template have bands in common, and
+to compare each with all would take time by the square of their number; a near duplicate shares other bands, too."""
 
 
 def signatures(texts: Sequence[str], settings: NearDuplicates) -> npt.NDArray[np.uint32]:
@@ -28,10 +31,10 @@ def signatures(texts: Sequence[str], settings: NearDuplicates) -> npt.NDArray[np
 
 
 def _shingles(text: str, ngram: int) -> list[str]:
-    words = WORD.findall(text.lower())
-    if len(words) <= ngram:
-        return [" ".join(words) or text]
-    return [" ".join(words[begin : begin + ngram]) for begin in range(len(words) - ngram + 1)]
+    found = words(text)
+    if len(found) <= ngram:
+        return [" ".join(found) or text]
+    return [" ".join(found[begin : begin + ngram]) for begin in range(len(found) - ngram + 1)]
 
 
 def rows_per_band(threshold: float, permutations: int) -> int:
@@ -43,23 +46,38 @@ def rows_per_band(threshold: float, permutations: int) -> int:
 
 
 class NearIndex:
-    """The signatures of the documents kept so far. About 4 KiB of memory per document."""
+    """The signatures of the documents kept so far. About 4 KiB of memory per document.
+
+    Attributes:
+        partly: kept documents that were compared with a part of those that look alike (`ALIKE`).
+    """
 
     def __init__(self, settings: NearDuplicates) -> None:
         self.settings = settings
         self.rows = rows_per_band(settings.threshold, settings.permutations)
         self.bands: list[dict[bytes, list[int]]] = [{} for _ in range(settings.permutations // self.rows)]
-        self.kept: list[npt.NDArray[np.uint32]] = []
+        self.partly = 0
+        self._kept = bytearray()  # grows in place, which an array of numpy's does not
+
+    @property
+    def documents(self) -> int:
+        """How many are kept."""
+        return len(self._kept) // (4 * self.settings.permutations)
 
     def add(self, signature_P: npt.NDArray[np.uint32]) -> bool:
         """Keep a document, unless one that is near it was kept before: then False."""
         keys = [row.tobytes() for row in signature_P.reshape(len(self.bands), self.rows)]
-        candidates = {at for band, key in zip(self.bands, keys, strict=True) for at in band.get(key, ())}
+        alike = [band.get(key, ()) for band, key in zip(self.bands, keys, strict=True)]
+        candidates = sorted({at for numbers in alike for at in numbers})
         if candidates:
-            equal_NP = np.stack([self.kept[at] for at in candidates]) == signature_P
+            kept_NP = np.frombuffer(self._kept, dtype=np.uint32).reshape(-1, len(signature_P))
+            equal_NP = kept_NP[candidates] == signature_P
             if equal_NP.mean(axis=1).max() >= self.settings.threshold:
                 return False
-        for band, key in zip(self.bands, keys, strict=True):
-            band.setdefault(key, []).append(len(self.kept))
-        self.kept.append(signature_P.copy())  # not a view that keeps the whole batch alive
+            del kept_NP  # while it looks at them, `_kept` cannot grow
+        for band, key, numbers in zip(self.bands, keys, alike, strict=True):
+            if len(numbers) < ALIKE:
+                band.setdefault(key, []).append(self.documents)
+        self.partly += any(len(numbers) == ALIKE for numbers in alike)
+        self._kept += signature_P.tobytes()
         return True

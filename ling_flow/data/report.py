@@ -62,12 +62,27 @@ def html_page(statistics: CorpusStatistics, title: str) -> str:
             f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>",
             f"<p>Vocabulary of {_number(statistics.vocab_size)}, tokenizer {statistics.tokenizer_digest[:16]}, "
             f"corpus {statistics.digest[:16]}. Duplicates, contaminated and low-quality documents are left out.</p>",
+            *(f"<p>{html.escape(line)}</p>" for line in filter_lines(statistics)),
             _table(("source", *names), rows),
             _table(("source", *measured), quality),
             *(_source(name, source) for name, source in sources.items()),
             "</body></html>\n",
         ]
     )
+
+
+def filter_lines(statistics: CorpusStatistics) -> list[str]:
+    """How far the filters could look, in sentences."""
+    found, lines = statistics.filters, []
+    if found and found.problems is not None:
+        short = f"; {_number(found.short_problems)} more are too short to be looked for" if found.short_problems else ""
+        lines.append(f"Documents were compared with {_number(found.problems)} evaluation problems{short}.")
+    if found and found.partly_compared:
+        lines.append(
+            f"{_number(found.partly_compared)} documents share so much with so many others (a template) that they were "
+            "not compared with all of those; near duplicates may be left among them."
+        )
+    return lines
 
 
 def _source(name: str, source: SourceStatistics) -> str:

@@ -59,6 +59,16 @@ class SourceStatistics(StrictModel):
         return self.train.documents + self.validation.documents
 
 
+class FilterStatistics(StrictModel):
+    """How far the filters that were asked for could look; null: not asked for."""
+
+    problems: int | None = Field(None, description="evaluation problems that documents were compared with")
+    short_problems: int | None = Field(None, description="evaluation problems too short to be looked for")
+    partly_compared: int | None = Field(
+        None, description="documents kept though so many are alike in part (a template) that not all were compared"
+    )
+
+
 class CorpusStatistics(StrictModel):
     """What `corpus.json` holds."""
 
@@ -69,6 +79,7 @@ class CorpusStatistics(StrictModel):
     unigram_entropy: float = Field(
         description="cross-entropy of all validation tokens under the unigram of all training tokens, nats per token"
     )
+    filters: FilterStatistics | None = Field(None, description="of near duplicates and decontamination; null: neither")
     sources: dict[str, SourceStatistics]
 
     @property

@@ -41,14 +41,26 @@ class Tokenizer:
     """
 
     def __init__(self, text: str) -> None:
-        """`text`: content of a `tokenizer.json`."""
+        """`text`: content of a `tokenizer.json`. What it says of truncation and padding does not count.
+
+        Raises:
+            UserError: it lacks a token of the chat format, or encodes by chance.
+        """
         from tokenizers import Tokenizer as Engine
 
         content = json.loads(text)
+        if content["model"].get("dropout"):
+            raise UserError(
+                f"tokenizer: has model.dropout {content['model']['dropout']}, which encodes a text differently each "
+                "time; set it to null"
+            )
         self._json = text
         self._full = Engine.from_str(text)
         # The same vocabulary without added tokens: `<role>` in a document is six ordinary characters here.
         self._plain = Engine.from_str(json.dumps({**content, "added_tokens": []}))
+        for engine in (self._full, self._plain):
+            engine.no_truncation()
+            engine.no_padding()
         self._marks = {token["content"] for token in content["added_tokens"]}
         for token in CHAT_TOKENS:
             if not self.is_mark(token):
@@ -140,7 +152,7 @@ class Tokenizer:
         that file, or the fsspec URL of either.
 
         Raises:
-            UserError: `tokenizer.json` is missing, damaged, or lacks the tokens of the chat format.
+            UserError: `tokenizer.json` is missing, damaged, lacks the tokens of the chat format, or has a dropout.
         """
         file = _json_file(path)
         content = _read(file)

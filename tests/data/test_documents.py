@@ -1,7 +1,8 @@
-import gzip
 import json
+import os
 import random
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from s3fs import S3FileSystem
 
 from ling_flow.config import identity_of
 from ling_flow.data.chat import parse_completion
-from ling_flow.data.documents import documents, is_rendered, pin
+from ling_flow.data.documents import check_read, documents, is_rendered, pin
 from ling_flow.data.files import DOCUMENT_CHARACTERS, split_text
 from ling_flow.data.reasoning import TaskSpec, is_held_out
 from ling_flow.data.sources import FilesSource, ReasoningSource, Source, StdlibSource
@@ -106,9 +107,32 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     latin = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "e.parquet")
     assert "e.parquet: not a whole parquet file of UTF-8 texts" in complaint(files(tmp_path / "e.parquet"))
-    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as stream:
-        stream.write("{}")
-    assert "suffix '.gz' tells no format" in complaint(files(tmp_path / "d.jsonl.gz"))
+
+
+def test_text_has_no_byte_order_mark_and_one_kind_of_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\ntwo\r\n".encode())
+    assert list(documents(files(tmp_path / "a.txt"), seed=0)) == ["one\n\ntwo\n"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_long_rows_become_text_a_few_at_a_time(tmp_path: Path, form: str) -> None:
+    rng = random.Random(0)
+    table = pyarrow.table({"text": [rng.randbytes(10_000).hex() for _ in range(1000)]})
+    source = files(tmp_path / "a.parquet")
+    if form == "parquet":
+        parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+        source = files(tmp_path, format="hf_dataset")
+    tracemalloc.start()
+    try:
+        assert sum(map(len, documents(source, seed=0))) == 20_000_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 30_000_000  # what Arrow read, and not all of it as text besides
 
 
 def test_a_store_that_is_away_or_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +185,24 @@ def test_pin_follows_content_and_not_place(tmp_path: Path) -> None:
     assert pin(files(moved)).digest != pinned.digest
     with pytest.raises(UserError, match=r"sources\.mine\.digest: content is 'sha256 .*', not 'sha256 .*' as given"):
         pin(pinned.model_copy(update={"paths": [str(moved)]}))
+
+
+def test_content_that_changes_after_its_digest_was_taken_is_refused(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name}] * 3) for name in "ab"]
+    link = tmp_path / "c.jsonl"
+    link.symlink_to(paths[1])
+    pinned = pin(files(paths[0], link))
+    check_read(pinned)
+    os.utime(paths[0], (1, 1))
+    check_read(pinned)  # touched, but the same
+    paths[1].write_text(paths[1].read_text().replace("b", "x"))  # of the same size
+    with pytest.raises(UserError, match=r"^[^ ]*c\.jsonl: has changed while it was read; run again when nothing"):
+        check_read(pinned)
+    pinned = pin(files(tmp_path / "*.jsonl"))
+    write_jsonl(tmp_path / "d.jsonl", [{"text": "late"}])
+    with pytest.raises(UserError, match=r"^sources\.mine: the content of .*\*\.jsonl has changed while it was read"):
+        check_read(pinned)
+    check_read(files(tmp_path / "*.jsonl"))  # held to no digest
 
 
 # The standard library

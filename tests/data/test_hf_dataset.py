@@ -106,6 +106,11 @@ def test_parquet_as_on_the_hub(tmp_path: Path, names: list[str], split: str | No
         (["data/train-00000-of-00001"], "test", "has no parquet files of split 'test'; it has train; set split"),
         (["a", "b"], "test", "has no parquet files of split 'test'; set split"),
         (["en/train", "de/train"], None, r"holds split 'train' in several folders \(de, en\); name one of them"),
+        (
+            ["data/train-00000-of-00012", "data/train-00003-of-00012", "data/test-00000-of-00002"],
+            None,
+            r"data/train-00001-of-00012\.parquet is missing \(2 of 12 files are there\); fetch the rest",
+        ),
         ([], None, "holds no dataset: neither state.json nor dataset_dict.json"),
     ],
 )

@@ -129,3 +129,23 @@ def test_damaged_files_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({**foreign, "added_tokens": None}))
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer file"):
         Tokenizer.load(tmp_path)
+
+
+def test_truncation_and_padding_of_a_given_file_do_not_count_and_dropout_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine.from_str(tokenizer._json)
+    engine.enable_truncation(5)
+    engine.enable_padding(length=100)
+    given = Tokenizer(engine.to_str())
+    texts = ["47 + 38 = 85, and so on", "x"]
+    assert given.encode_batch(texts) == tokenizer.encode_batch(texts)
+    assert given.encode(texts[0]) == tokenizer.encode(texts[0])
+    assert given.encode_rendered(f"<role>{texts[0]}") == tokenizer.encode_rendered(f"<role>{texts[0]}")
+    content = json.loads(tokenizer._json)
+    content["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json: tokenizer: has model\.dropout 0\.1, .* set it to null"):
+        Tokenizer.load(tmp_path)
