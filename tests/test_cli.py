@@ -126,6 +126,14 @@ def test_what_is_missing_is_installed_from_a_checkout(monkeypatch: pytest.Monkey
     assert doctor._packages().advice == "pip install -c constraints.txt -e '.[cpu]' in a checkout, or make setup"
 
 
+def test_doctor_knows_what_mlflow_takes_no_more() -> None:
+    from ling_flow.flow import doctor
+
+    assert doctor._tracking("sqlite:////nowhere/mlflow.db").status == "ok"
+    found = doctor._tracking("file:///nowhere/mlruns")
+    assert found.status == "failed" and "MLflow keeps no runs there" in found.detail
+
+
 def test_doctor_fails_where_the_home_cannot_be_written(call: Call, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = call("--home", str(tmp_path / "file" / "home"), "doctor", "--json")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from ling_flow.errors import UserError
 from ling_flow.redact import redact
 
 Status = Literal["ok", "warning", "failed"]
@@ -149,6 +150,12 @@ def _disk(home: Path) -> Check:
 def _tracking(uri: str) -> Check:
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
+        from ling_flow.flow.preflight import check_tracking
+
+        try:
+            check_tracking(uri)
+        except UserError as error:
+            return Check("tracking", "failed", str(error), "unset MLFLOW_TRACKING_URI for SQLite in the home")
         return Check("tracking", "ok", uri)
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -33,11 +33,12 @@ def check_access(context: Context, write: bool) -> list[str]:
         UserError: credentials are refused, there is no such tracking store or bucket; the message names the variables.
     """
     check_artifacts(ArtifactStore(context.artifacts, context.home / "cache"), write)
-    away = _check_tracking(context.tracking_uri)
+    away = check_tracking(context.tracking_uri)
     return [away] if away else []
 
 
-def _check_tracking(uri: str | None) -> str | None:
+def check_tracking(uri: str | None) -> str | None:
+    """As `check_access`, of a tracking store alone: what is away, or None. Databases are not asked."""
     if uri is None or uri.partition(":")[0].partition("+")[0] in _UNASKED:
         return None
     try:
