@@ -131,7 +131,7 @@ def test_doctor_knows_what_mlflow_takes_no_more() -> None:
 
     assert doctor._tracking("sqlite:////nowhere/mlflow.db").status == "ok"
     found = doctor._tracking("file:///nowhere/mlruns")
-    assert found.status == "failed" and "MLflow keeps no runs there" in found.detail
+    assert found.status == "failed" and "MLflow keeps no runs there" in found.found
 
 
 def test_doctor_fails_where_the_home_cannot_be_written(call: Call, tmp_path: Path) -> None:
