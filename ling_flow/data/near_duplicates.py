@@ -75,9 +75,9 @@ class NearIndex:
             if equal_NP.mean(axis=1).max() >= self.settings.threshold:
                 return False
             del kept_NP  # while it looks at them, `_kept` cannot grow
+        self.partly += any(len(numbers) == ALIKE for numbers in alike)
         for band, key, numbers in zip(self.bands, keys, alike, strict=True):
             if len(numbers) < ALIKE:
                 band.setdefault(key, []).append(self.documents)
-        self.partly += any(len(numbers) == ALIKE for numbers in alike)
         self._kept += signature_P.tobytes()
         return True

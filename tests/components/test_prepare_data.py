@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from components.plan import PlanConfig, resolve_lifecycle
-from components.prepare_data import PrepareDataConfig, prepare_data
+from components.prepare_data import PrepareDataConfig, _given_tokenizer, _pinned, prepare_data
 from components.pretrain import stage_model
 from ling_flow.config import parse
 from ling_flow.data.chat import chat_template_digest
@@ -147,7 +147,7 @@ def test_a_given_tokenizer_gives_the_corpus_its_ids(given: Path, tmp_path: Path)
     assert json.loads((saved / "generation_config.json").read_text()) == published.GENERATION
     assert json.loads((saved / "special_tokens_map.json").read_text()) == published.NAMES
     stage = resolve_lifecycle(enough_ids(given)).pretrain_short
-    model = stage_model(stage, corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id, context_before=0)
+    model = stage_model(stage, corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id, before=None)
     assert (model.vocab_size, model.eos_token_id, model.pad_token_id) == (157184, 156892, 156892)
 
 
@@ -170,6 +170,16 @@ def test_the_content_of_a_given_tokenizer_bears_identity(given: Path, tmp_path: 
     alone.unlink()
     with pytest.raises(UserError, match=r"moved/tokenizer\.json: no such file; expected a tokenizer directory"):
         prepare_data(small(path, tokenizer=str(alone.parent)), root=root)
+
+
+def test_a_tokenizer_that_changes_after_its_digest_was_taken_is_refused(given: Path, tmp_path: Path) -> None:
+    path, taken = write(tmp_path / "a.jsonl", ["one", "two", "three"]), tmp_path / "tokenizer.json"
+    taken.write_bytes((given / "tokenizer.json").read_bytes())
+    config = _pinned(small(path, tokenizer=str(taken)))
+    assert _given_tokenizer(config)
+    taken.write_text(taken.read_text().replace("unused 500", "used 500"))
+    with pytest.raises(UserError, match=r"^tokenizer: .*tokenizer\.json has changed since its digest was taken"):
+        _given_tokenizer(config)
 
 
 MODELS = ("wind_tunnel", "fit_scaling_laws", "pretrain_short", "pretrain_mid", "pretrain_long")

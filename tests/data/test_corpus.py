@@ -14,7 +14,7 @@ import pytest
 from ling_flow.data.build import build_corpus
 from ling_flow.data.chat import chat_template_digest
 from ling_flow.data.corpus import Corpus, token_dtype
-from ling_flow.data.documents import documents
+from ling_flow.data.documents import documents, pin
 from ling_flow.data.sources import FilesSource, Source
 from ling_flow.errors import UserError
 
@@ -168,6 +168,17 @@ def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"b\.jsonl:3: not valid JSON"):
         build(tmp_path / "corpus", [good, bad])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_that_change_while_they_are_read_give_no_corpus(tmp_path: Path) -> None:
+    source = pin(lines_source(tmp_path / "a.jsonl", ["a", "b", "c"]))
+    assert build(tmp_path / "corpus", [source]).statistics.documents == 3
+    with (tmp_path / "a.jsonl").open("a") as stream:
+        stream.write('\n{"text": "d"}')  # a download that goes on
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"a\.jsonl: has changed while it was read; run again when nothing writes it"):
+        build(tmp_path / "again", [source])
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -1,5 +1,6 @@
 import json
 import random
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ling_flow.data import quality
+from ling_flow.data import near_duplicates, quality
 from ling_flow.data.build import build_corpus
 from ling_flow.data.contamination import EvaluationNgrams, evaluation_ngrams
 from ling_flow.data.corpus import Corpus
+from ling_flow.data.documents import pin
 from ling_flow.data.filters import Decontamination, Filters, NearDuplicates, QualityFilter
-from ling_flow.data.near_duplicates import NearIndex, rows_per_band, signatures
+from ling_flow.data.near_duplicates import ALIKE, NearIndex, rows_per_band, signatures
 from ling_flow.data.reasoning import TaskSpec, problems
+from ling_flow.data.report import html_page
 from ling_flow.data.sources import FilesSource, ReasoningSource, Source
 from ling_flow.errors import UserError
 
@@ -101,6 +104,32 @@ def test_the_index_finds_what_comparing_all_pairs_finds() -> None:
     assert 60 < len(kept) < 200 and missed <= 3
 
 
+def similarity(one: str, other: str) -> float:
+    found = signatures([one, other], NearDuplicates())
+    return float((found[0] == found[1]).mean())
+
+
+def test_signatures_of_any_script_and_form() -> None:
+    chinese = "".join(f"第{number}章讲述了小明在城市里遇到的第{number}个朋友以及他们之间的故事" for number in range(30))
+    assert similarity(chinese, chinese.replace("第15个朋友", "第15位朋友")) > 0.95
+    assert similarity(chinese, "".join(reversed(chinese))) < 0.3
+    french = " ".join(f"l'élève numéro {number} était déjà là" for number in range(40))
+    assert similarity(french, unicodedata.normalize("NFD", french.upper())) == 1
+
+
+def test_texts_of_one_template_are_compared_with_a_bounded_number() -> None:
+    settings, rng = NearDuplicates(threshold=0.8), np.random.default_rng(0)
+    template = rng.integers(0, 2**32, 128, dtype=np.uint32)
+    texts = rng.integers(0, 2**32, (400, 128), dtype=np.uint32)
+    texts[:, :64] = template[:64]  # half of all bands in common, and far from the threshold
+    index = NearIndex(settings)
+    assert all(map(index.add, texts)) and index.documents == 400
+    assert max(len(numbers) for band in index.bands for numbers in band.values()) == ALIKE
+    assert index.partly == 400 - ALIKE
+    assert not any(map(index.add, texts))  # each is found by the bands of its own
+    assert index.partly == 400 - ALIKE
+
+
 def test_near_duplicates_are_left_out_and_counted_by_source(tmp_path: Path) -> None:
     rng = random.Random(2)
     texts = [words(rng, 120) for _ in range(30)]
@@ -175,6 +204,72 @@ def test_contaminated_documents_are_left_out_counted_and_shown(tmp_path: Path) -
     assert [sample.text for sample in shown] == bad[:3]
     assert shown[0].ngram == held_out[0].question.removesuffix(" ?")
     assert statistics["sums"].contaminated == 0 and statistics["sums"].documents > 25
+
+
+CHINESE = "小明有三十七个苹果，又买了五个，送给小红八个，请问小明现在还剩下多少个苹果？"
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (CHINESE, f"下面这道题很有意思{CHINESE[:-1]}。答案是三十四。"),
+        ("请计算三十七加五等于多少？", "题目：请计算三十七加五等于多少? 四十二"),
+        (
+            "太郎さんはりんごを三十七個持っています。全部で何個ですか。",
+            "問題です太郎さんはりんごを三十七個持っています",
+        ),
+        ("สมชายมีแอปเปิ้ลสามสิบเจ็ดลูก", "ข้อนี้สมชายมีแอปเปิ้ลสามสิบเจ็ดลูก"),
+        (LONG, LONG.replace("farmer", "**farmer**").replace("sheep", "she\u00adep").replace("night", "*night*")),
+        (f"{LONG} Zoë's café?", unicodedata.normalize("NFD", "in the night; how many are left? Zoë\u2019s café")),
+        ("ａｂ 12 + 13 =？", "ab 12 + 13 = 25"),
+        ("Compute the sum now.", "Compute the sum now, please"),
+    ],
+)
+def test_problems_are_found_in_any_script_and_form(problem: str, text: str) -> None:
+    assert EvaluationNgrams([problem], ngram=13).shared(text) is not None
+    assert EvaluationNgrams([text], ngram=13).shared(problem) is not None or len(text) > len(problem)
+    assert (
+        EvaluationNgrams([problem], ngram=13).shared("今天天气很好。 An ordinary text of a dozen words, or so.") is None
+    )
+
+
+def test_problems_too_short_are_counted_and_told(tmp_path: Path) -> None:
+    mine = texts_source(tmp_path / "a.jsonl", [f"text number {number}" for number in range(20)])
+    own = texts_source(tmp_path / "own.jsonl", ["Why not?", "求面积。", "What is a number?"], "own")
+    corpus = build(tmp_path / "corpus", [mine], decontamination=Decontamination(files=(own,)))
+    found = corpus.statistics.filters
+    assert found and (found.problems, found.short_problems, found.partly_compared) == (1, 2, None)
+    assert "1 evaluation problems; 2 more are too short to be looked for." in html_page(corpus.statistics, "x")
+    assert json.loads((corpus.path / "corpus.json").read_text())["filters"] == {"problems": 1, "short_problems": 2}
+    plain = build(tmp_path / "plain", [mine])
+    assert plain.statistics.filters is None and "filters" not in json.loads((plain.path / "corpus.json").read_text())
+
+
+def test_templates_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "ALIKE", 2)
+    rng = random.Random(5)
+    template = " ".join(words(rng, 100))
+    mine = texts_source(tmp_path / "a.jsonl", [f"{template} {' '.join(words(rng, 20))}" for _ in range(40)])
+    corpus = build(tmp_path / "corpus", [mine], near_duplicates=NearDuplicates())
+    found = corpus.statistics.filters
+    assert found and found.problems is None and found.partly_compared and corpus.statistics.documents == 40
+    assert f"<p>{found.partly_compared} documents share so much" in html_page(corpus.statistics, "x")
+
+
+def test_every_line_of_a_text_is_a_problem(tmp_path: Path) -> None:
+    questions = ["What is the capital city of Burkina Faso?", "Who wrote the opera about the barber of Seville?"]
+    (tmp_path / "q.txt").write_bytes("\ufeff".encode() + "\r\n\r\n".join(questions).encode())
+    settings = Decontamination(files=(FilesSource(name="own", paths=[str(tmp_path / "q.txt")]),))
+    evaluation = evaluation_ngrams(settings)
+    assert evaluation.problems == 2
+    assert all(evaluation.shared(f"Quiz: {question} Answer below.") for question in questions)
+
+
+def test_an_evaluation_set_that_has_changed_since_its_digest_was_taken_is_refused(tmp_path: Path) -> None:
+    own = pin(texts_source(tmp_path / "own.jsonl", ["What is a number?"], "own"))
+    texts_source(tmp_path / "own.jsonl", ["What is a letter of the alphabet?"], "own")
+    with pytest.raises(UserError, match=r"own\.jsonl: has changed while it was read"):
+        evaluation_ngrams(Decontamination(files=(own,)))  # type: ignore[arg-type]
 
 
 def test_an_evaluation_set_with_nothing_to_look_for_is_refused(tmp_path: Path) -> None:
