@@ -53,7 +53,10 @@ class Place:
 
     def state(self) -> str:
         """What the file system tells of it (size, times, ETag): another one if its content has changed."""
-        path = os.path.realpath(self.path) if "file" in self.filesystem.protocol else self.path  # a link has times, too
+        from fsspec.implementations.local import LocalFileSystem
+
+        is_local = isinstance(self.filesystem, LocalFileSystem)
+        path = os.path.realpath(self.path) if is_local else self.path  # a link has times of its own
         self.filesystem.invalidate_cache(path)
         return str(sorted((key, str(value)) for key, value in self.filesystem.info(path).items()))
 

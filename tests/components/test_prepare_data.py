@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import yaml
 
 from components.plan import PlanConfig, resolve_lifecycle
 from components.prepare_data import PrepareDataConfig, _given_tokenizer, _pinned, prepare_data
@@ -99,6 +101,15 @@ def test_changed_content_is_prepared_again_and_moved_content_is_not(tmp_path: Pa
     changed = prepare_data(small(moved), root=root)
     assert not changed.cached and changed.fingerprint != first.fingerprint
     assert prepare_data(small(moved, seed=1), root=root).fingerprint != changed.fingerprint
+
+
+def test_the_examples_of_the_docs_fit_a_preset() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    examples = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert len(examples) == 2
+    sources, filters = (resolve_lifecycle(PlanConfig(overrides=json.dumps(example))) for example in examples)
+    assert sources.pretrain_long.mixture == {"web": 0.5, "notes": 0.5}
+    assert filters.prepare_data.filters.decontamination
 
 
 @pytest.mark.parametrize(
