@@ -181,10 +181,13 @@ def _execute(dag: LoadedDag, arguments: Mapping[str, Any], directory: Path, runn
     """KFP runs the graph; what it and the steps print goes to `log.txt`."""
     from kfp import local
 
+    from ling_flow.flow.processes import kfp_starts_steps_whole
+
     with (
         (directory / "log.txt").open("w", buffering=1) as log,
         contextlib.redirect_stdout(log),
         warnings.catch_warnings(),
+        kfp_starts_steps_whole(log),
     ):
         warnings.simplefilter("ignore")  # about our image's name, and about requests that only a cluster honours
         local.init(runner=runner, pipeline_root=str(directory / "kfp"))

@@ -13,16 +13,19 @@ from typing import Any
 
 import pytest
 
+from ling_flow.flow.artifact import ArtifactStore
+from ling_flow.flow.dag import load_dag, make_plan
 from tests.conftest import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
-DAG = str(Path(__file__).parent / "toy" / "faulty.py")
+TOYS = Path(__file__).parent / "toy"
+DAG = str(TOYS / "faulty.py")
 
 
-def started() -> subprocess.Popen[str]:
+def started(dag: str = DAG, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "ling_flow.cli", "run", DAG, "--json"],
+        [sys.executable, "-m", "ling_flow.cli", "run", dag, "--json", *options],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -94,3 +97,13 @@ def test_a_cancelled_run_leaves_nothing_running_and_goes_on_later(home: Path, ca
     result = finished(started())
     assert result["phases"]["draw_series"]["metrics"]["started_at"] >= 3
     assert calls.read_text().split().count("draw") == 2
+
+
+def test_texts_that_name_the_interpreter_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "python3 home"
+    monkeypatch.setenv("LING_FLOW_HOME", str(home))
+    dag = load_dag(str(TOYS / "named.py"))
+    (node,) = make_plan(dag, {}, ArtifactStore(home / "artifacts", home / "cache"), frozenset())
+    phases = finished(started(str(TOYS / "named.py")))["phases"]
+    assert list(phases) == ["draw_python3_docs"]
+    assert phases["draw_python3_docs"]["artifacts"]["numbers"] == f"{home}/artifacts/draw/{node.fingerprint}/numbers"
