@@ -7,12 +7,17 @@ a port, a device) is declared with `context_field` and a stated reason; all othe
 from __future__ import annotations
 
 import difflib
+import functools
 import json
-from collections.abc import Iterable, Mapping
+import math
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticSerializationError
 
 from ling_flow.errors import UserError
 
@@ -34,27 +39,82 @@ def context_field(default: Any = ..., *, why: str, description: str, **constrain
 
 
 def identity_of(config: BaseModel) -> dict[str, Any]:
-    """The identity-bearing part of `config` as plain JSON data: all fields but those declared by `context_field`."""
+    """The identity-bearing part of `config` as plain JSON data: all fields but those declared by `context_field`.
 
-    def strip(model: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
-        kept = {}
-        for name, field in type(model).model_fields.items():
-            extra = field.json_schema_extra
-            if isinstance(extra, Mapping) and NOT_IDENTITY in extra:
-                continue
-            kept[name] = walk(getattr(model, name), dumped[name])
-        return kept
+    Raises:
+        UserError: a value cannot be written down whole; the line names its path.
+        ValueError: a number is infinite or NaN.
+    """
+    return _written(config, whole=False)
 
-    def walk(value: Any, dumped: Any) -> Any:
-        if isinstance(value, BaseModel):
-            return strip(value, dumped)
-        if isinstance(value, list | tuple):
-            return [walk(item, item_dumped) for item, item_dumped in zip(value, dumped, strict=True)]
-        if isinstance(value, Mapping):
-            return {key: walk(item, dumped[key]) for key, item in value.items()}
+
+def plain(config: BaseModel) -> dict[str, Any]:
+    """All of `config` as plain JSON data, the same in every process: sets are sorted. Raises as `identity_of`."""
+    return _written(config, whole=True)
+
+
+def _written(config: BaseModel, whole: bool) -> dict[str, Any]:
+    try:
+        dumped = config.model_dump(mode="json")
+    except PydanticSerializationError as error:
+        raise UserError(f"cannot be written as JSON ({error})") from None
+    declared = models_in(type(config))
+
+    def walk(value: Any, dumped: Any, path: str) -> Any:
+        if isinstance(value, RootModel):
+            return walk(value.root, dumped, path)
+        if isinstance(value, BaseModel) and isinstance(dumped, dict):
+            if type(value) not in declared:  # Pydantic takes it, and writes down the fields of its base only
+                raise UserError(f"{path}: is a {type(value).__name__}, which the field's type does not name")
+            names = [name for name, field in type(value).model_fields.items() if whole or not _is_context(field)]
+            return {name: walk(getattr(value, name), dumped[name], _below(path, name)) for name in names}
+        if isinstance(value, Set) and isinstance(dumped, list):
+            items = [walk(item, written, f"{path}{{}}") for item, written in zip(value, dumped, strict=True)]
+            return sorted(items, key=canonical_json)  # their order differs from process to process
+        if isinstance(value, Sequence) and isinstance(dumped, list):
+            pairs = zip(value, dumped, strict=True)
+            return [walk(item, written, _below(path, index)) for index, (item, written) in enumerate(pairs)]
+        if isinstance(value, Mapping) and isinstance(dumped, dict):
+            if len(value) != len(dumped):
+                raise UserError(f"{path}: has keys that are different but written alike")
+            pairs = zip(value.values(), dumped.items(), strict=True)
+            return {key: walk(item, written, _below(path, key)) for item, (key, written) in pairs}
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path} is {value}")
         return dumped
 
-    return strip(config, config.model_dump(mode="json"))
+    written: dict[str, Any] = walk(config, dumped, "")
+    return written
+
+
+def _below(path: str, name: object) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def _is_context(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, Mapping) and NOT_IDENTITY in field.json_schema_extra
+
+
+def types_in(annotation: Any) -> Iterator[Any]:
+    """Every type that an annotation names, within unions, containers and aliases too."""
+    annotation = getattr(annotation, "__value__", annotation)
+    yield annotation
+    for argument in typing.get_args(annotation):
+        yield from types_in(argument)
+
+
+@functools.cache
+def models_in(model: type[BaseModel]) -> frozenset[type[BaseModel]]:
+    """`model` and all models that its fields name, at any depth."""
+    found: set[type[BaseModel]] = set()
+    waiting = [model]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            for field in current.model_fields.values():
+                waiting += [kind for kind in types_in(field.annotation) if _is_model(kind)]
+    return frozenset(found)
 
 
 def parse(model: type[ModelT], data: Mapping[str, Any] | str, where: str) -> ModelT:
@@ -116,7 +176,8 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
     """`["a.b=1", "a.c=x"]` → `{"a": {"b": 1, "c": "x"}}`; values are read as YAML, so numbers, lists and null work.
 
     Raises:
-        UserError: an assignment without `=`, with an empty name, or of a number that is not finite.
+        UserError: an assignment without `=`, with an empty name, of a number that is not finite, or of a mapping with a
+            key given twice.
     """
     import yaml
 
@@ -130,6 +191,8 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
             value = _load_yaml(text)
         except yaml.YAMLError:
             value = text
+        except UserError as error:
+            raise UserError(f"--set {assignment}: {str(error).removeprefix('line 1: ')}") from None
         if isinstance(value, str):
             value = _number(value)
         try:
@@ -152,26 +215,57 @@ def _number(text: str) -> Any:
 
 
 def _load_yaml(text: str) -> Any:
-    """As JSON could hold it: what looks like a date is a text."""
+    """As JSON could hold it: what looks like a date is a text, a key is the text that was written.
+
+    Raises:
+        UserError: a key is given twice, or is no plain word.
+        yaml.YAMLError: it is not YAML, or has a tag for what JSON cannot hold.
+    """
     import yaml
 
-    resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    return yaml.load(text, type("Loader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": resolvers}))
+    checked: set[int] = set()  # nodes; one that `<<` names is seen again, with what was laid below it
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+        yaml_constructors = {  # noqa: RUF012
+            tag: construct
+            for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+            if tag is None or tag.rsplit(":", 1)[-1] in ("null", "bool", "int", "float", "str", "seq", "map")
+        }
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            """Called for a mapping before it is read; lays what `<<` names below the mapping's own keys."""
+            seen = set()
+            for key, _ in [] if id(node) in checked else node.value:
+                line = key.start_mark.line + 1
+                if not isinstance(key, yaml.ScalarNode):
+                    raise UserError(f"line {line}: a key must be a name, not a {key.id}")
+                if key.tag != "tag:yaml.org,2002:merge":
+                    key.tag = "tag:yaml.org,2002:str"
+                if key.value in seen:
+                    raise UserError(f"line {line}: '{key.value}' is given twice")
+                seen.add(key.value)
+            checked.add(id(node))
+            super().flatten_mapping(node)
+
+    return yaml.load(text, Loader)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML (or JSON) file that holds a mapping.
 
     Raises:
-        UserError: the file is missing, unreadable, or not a mapping.
+        UserError: the file is missing, unreadable, not a mapping, or gives a key twice.
     """
     import yaml
 
     try:
         data = _load_yaml(path.read_text())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field
 from ling_flow.config import StrictModel, parse
 from ling_flow.errors import UserError
 from ling_flow.flow import events
-from ling_flow.flow.fields import leaves
+from ling_flow.flow.fields import check_fields, leaves
 
 if TYPE_CHECKING:
     from ling_flow.flow.step import Outcome
@@ -301,6 +301,8 @@ def component(
                 outputs[port.name] = port
             else:
                 takes_step = True
+        check_fields(hints["config"], f"{where}: config")
+        check_fields(hints["return"], f"{where}: result")
         _check_names(where, hints["config"], hints["return"], inputs, outputs)
         if planner and (inputs or outputs or takes_step):
             raise TypeError(f"{where}: a planner takes nothing but its config")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel, Secret, SecretBytes, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from ling_flow.config import NOT_IDENTITY
+from ling_flow.config import NOT_IDENTITY, canonical_json, models_in, types_in
 
 _CONSTRAINTS = {
     "gt": "> {}",
@@ -60,11 +60,49 @@ def leaves(model: type[BaseModel], prefix: str = "", default: BaseModel | None =
             annotation=field.annotation,
             type=type_text(field.annotation),
             required=required,
-            default=None if required else to_jsonable_python(value),
+            default=None if required else _jsonable(value),
             description=field.description or "",
             constraints=", ".join(_constraints(field)),
             not_identity=str(extra[NOT_IDENTITY]) if isinstance(extra, Mapping) and NOT_IDENTITY in extra else None,
         )
+
+
+def check_fields(model: type[BaseModel], where: str) -> None:
+    """What Pydantic allows and a component cannot keep: everything must be written down and read back as it was.
+
+    Raises:
+        TypeError: a field, at whatever depth, cannot; the message names it and says what would be right.
+    """
+    for current in sorted(models_in(model), key=lambda kind: kind.__qualname__):
+        for name, field in current.model_fields.items():
+            problem = _problem(field)
+            if problem:
+                raise TypeError(f"{where}: field {name} of {current.__name__} {problem}")
+        for name in current.model_computed_fields:
+            advice = "is computed and cannot be read back; make it a plain property"
+            raise TypeError(f"{where}: field {name} of {current.__name__} {advice}")
+
+
+def _problem(field: FieldInfo) -> str:
+    kinds = {typing.get_origin(kind) or kind for kind in types_in(field.annotation)}
+    if kinds & {SecretStr, SecretBytes, Secret}:
+        return "is a secret, which configs and results do not hold; read it from an environment variable"
+    if kinds & {bytes, bytearray}:
+        return "is of bytes, which JSON does not hold; make it a str"
+    if field.alias or field.validation_alias or field.serialization_alias:
+        return "has an alias; give the field the one name that it is to have everywhere"
+    if field.exclude:
+        return "is excluded from what is written down; what cannot change the numbers is a `context_field`"
+    if field.default_factory_takes_validated_data:
+        return "takes its default from other fields; make the default None and set it in a `model_validator`"
+    return ""
+
+
+def _jsonable(value: Any) -> Any:
+    """A default as plain JSON data; a set's order differs from process to process, so it is sorted."""
+    if isinstance(value, set | frozenset):
+        return sorted((to_jsonable_python(item) for item in value), key=canonical_json)
+    return to_jsonable_python(value)
 
 
 def with_defaults(
@@ -132,4 +170,5 @@ def _constraints(field: FieldInfo) -> Iterator[str]:
 
 
 def _is_model(thing: Any) -> bool:
-    return isinstance(thing, type) and issubclass(thing, BaseModel)
+    """Whether it has fields of its own; a RootModel is its one value."""
+    return isinstance(thing, type) and issubclass(thing, BaseModel) and not issubclass(thing, RootModel)

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from ling_flow import __version__
-from ling_flow.config import canonical_json, identity_of
+from ling_flow.config import canonical_json, identity_of, plain
 from ling_flow.errors import UserError
 
 FINGERPRINT_LENGTH = 16  # hexadecimal digits
@@ -30,12 +30,14 @@ def fingerprint(component: str, version: int, config: BaseModel, inputs: Mapping
         inputs: input name → `"<fingerprint>/<output>"` of the artifact given; optional inputs not given are left out.
 
     Raises:
-        UserError: the config holds an infinity or NaN.
+        UserError: the config holds an infinity or NaN, or what cannot be written down.
     """
-    identity = {"component": component, "version": version, "config": identity_of(config), "inputs": dict(inputs)}
     try:
-        canonical_json(config.model_dump(mode="json"))  # what bears no identity is written down, too
+        canonical_json(plain(config))  # what bears no identity is written down, too
+        identity = {"component": component, "version": version, "config": identity_of(config), "inputs": dict(inputs)}
         text = canonical_json(identity)
+    except UserError as error:
+        raise UserError(f"{component}.{error}") from None
     except ValueError:
         raise UserError(f"{component}: the config holds inf or nan; all its numbers must be finite") from None
     return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_LENGTH]

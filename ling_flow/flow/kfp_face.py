@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from ling_flow.config import canonical_json
+from ling_flow.config import canonical_json, plain
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow.events import report_failure
 from ling_flow.flow.fields import leaves, type_text
@@ -149,7 +149,7 @@ def config_parameters(component: Component) -> dict[str, tuple[type, Any]]:
 def default_config(component: Component) -> str | None:
     """JSON of the config's defaults, None where a field must be given."""
     try:
-        return canonical_json(component.config_model().model_dump(mode="json"))
+        return canonical_json(plain(component.config_model()))
     except ValidationError:
         return None
 
@@ -254,7 +254,7 @@ def _fill(outcome: Outcome, outputs: Mapping[str, Any]) -> None:
 
 def _parameter(result: BaseModel, name: str) -> Any:
     """A result field as the value of its output parameter."""
-    value = result.model_dump(mode="json")[name]
+    value = plain(result)[name]
     natural = type(result).model_fields[name].annotation in _NATURAL or isinstance(value, str)
     return value if natural else json.dumps(value)
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel, SecretStr, computed_field
 from toy.average import AverageConfig, AverageResult, average
 from toy.draw import DrawConfig, DrawResult, draw
 from toy.planned import PlanConfig, PlanResult, plan
@@ -121,6 +121,75 @@ def test_bad_declarations_are_refused(body, message) -> None:
     with pytest.raises(TypeError, match=message) as caught:
         component(version=1, resources=Resources())(body)
     assert body.__name__ in str(caught.value)
+
+
+class Key(StrictModel):
+    key: SecretStr | None = None
+
+
+class Holder(StrictModel):
+    keys: dict[str, list[Key]] = Field({})
+
+
+class Raw(StrictModel):
+    raw: bytes = b"\xff"
+
+
+class Aliased(StrictModel):
+    rate: float = Field(0.1, alias="learningRate")
+
+
+class Excluded(StrictModel):
+    place: str = Field("x", exclude=True)
+
+
+class Dependent(StrictModel):
+    size: int = 1
+    twice: int = Field(default_factory=lambda data: data["size"] * 2)
+
+
+class Computed(StrictModel):
+    size: int = 1
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def twice(self) -> int:
+        return 2 * self.size
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Holder, "field key of Key is a secret, .* read it from an environment variable"),
+        (Raw, "field raw of Raw is of bytes, .* make it a str"),
+        (Aliased, "field rate of Aliased has an alias; give the field the one name"),
+        (Excluded, "field place of Excluded is excluded .* `context_field`"),
+        (Dependent, "field twice of Dependent takes its default from other fields; .*`model_validator`"),
+        (Computed, "field twice of Computed is computed .* make it a plain property"),
+    ],
+)
+def test_fields_that_cannot_be_kept_are_refused(model: type[StrictModel], message: str) -> None:
+    def body(config: StrictModel) -> StrictModel:
+        """Bad."""
+        raise AssertionError
+
+    for annotations in ({"config": model, "return": DrawResult}, {"config": DrawConfig, "return": model}):
+        body.__annotations__ = annotations
+        with pytest.raises(TypeError, match=message):
+            component(version=1, resources=Resources())(body)
+
+
+class Numbers(RootModel[list[int]]):
+    pass
+
+
+class Rooted(StrictModel):
+    numbers: Numbers = Numbers([1])
+    names: set[str] = Field({"b", "a"})
+
+
+def test_a_root_model_and_a_set_are_one_option_each() -> None:
+    assert [(leaf.path, leaf.default) for leaf in leaves(Rooted)] == [("numbers", [1]), ("names", ["a", "b"])]
 
 
 def planner_with_output(config: PlanConfig, model: Output[Model]) -> PlanResult:
