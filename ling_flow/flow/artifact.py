@@ -15,10 +15,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ling_flow.flow import events
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+BEGUN = "begun.json"  # in a partial directory: what it was begun for
 PATIENCE_SECONDS = 300.0  # an object store may be away for so long while files are copied
 RETRY_SECONDS = (1.0, 15.0)  # first and longest pause before another try
 
@@ -42,10 +44,11 @@ class File(StrictModel):
 
 
 class Parent(StrictModel):
-    """An input as it was given: where it was read from, and its identity `<fingerprint>/<output>`."""
+    """An input as it was given: where it was read from, its identity `<fingerprint>/<output>`, and what it held."""
 
     ref: str
     fingerprint: str
+    digest: str = ""  # of its content; "" in older manifests, which did not record it
 
 
 class OutputRecord(StrictModel):
@@ -74,6 +77,26 @@ class Manifest(StrictModel):
     seconds: float
 
 
+def content_digest(manifest: Manifest, output: str) -> str:
+    """SHA-256 over names and digests of an output's files."""
+    lines = [f"{file.path} {file.sha256}" for file in manifest.files if file.path.split("/", 1)[0] == output]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def changed_input(manifest: Manifest, contents: Mapping[str, str]) -> str:
+    """Why an artifact does not come from what its inputs hold now, "" where it does.
+
+    Args:
+        contents: input name → `content_digest` of the output that is its input.
+    """
+    for name, parent in manifest.inputs.items():
+        if not parent.digest:
+            return f"what its input {name} held was not recorded"
+        if parent.digest != contents.get(name):
+            return f"input {name} was rebuilt with other content"
+    return ""
+
+
 @dataclass(frozen=True)
 class Ref:
     """A reference to an output, taken apart."""
@@ -98,6 +121,19 @@ class Ref:
         return f"{self.root}/{self.component}/{self.fingerprint}/{self.output}"
 
 
+_held: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _forget_locks() -> None:
+    """In a forked child: it must not go on holding what its parent, which may be killed, has locked."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
 def normal_root(root: str) -> str:
     """Local paths become absolute, URLs keep their scheme; no slash at the end."""
     root = root.removeprefix("file://")
@@ -120,21 +156,26 @@ class ArtifactStore:
     def ref(self, component: str, fingerprint: str, output: str) -> str:
         return str(Ref(self.root, component, fingerprint, output))
 
-    def manifest(self, component: str, fingerprint: str) -> Manifest | None:
+    def manifest(self, component: str, fingerprint: str, patient: bool = False) -> Manifest | None:
         """The manifest of an artifact, None where there is no such artifact.
 
+        Args:
+            patient: wait for an object store that is away, as when files are copied.
+
         Raises:
-            UserError: the manifest is there but damaged.
+            UserError: the manifest is there but damaged, or is none of a step.
         """
         where = f"{self.root}/{component}/{fingerprint}/{MANIFEST}"
         try:
-            text = self._read_remote(where) if self.remote else Path(where).read_text()
+            text = self._read_remote(where, patient) if self.remote else Path(where).read_text()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except UnicodeDecodeError:
             raise UserError(f"{where}: damaged, not text; delete the directory {component}/{fingerprint}") from None
         except IsADirectoryError:
             raise UserError(f"{where}: is a directory; delete the directory {component}/{fingerprint}") from None
+        if is_foreign(text, fingerprint):
+            raise UserError(f"{where}: is no manifest of a step, so {component}/{fingerprint} is no step's artifact")
         try:
             manifest = parse(Manifest, text, where)
         except UserError as error:
@@ -194,13 +235,16 @@ class ArtifactStore:
 
     @contextlib.contextmanager
     def lock(self, component: str, fingerprint: str, on_wait: Callable[[], None]) -> Iterator[None]:
-        """One process of this machine makes a given artifact, others wait. The kernel frees a killed process's lock."""
+        """One process of this machine makes a given artifact, others wait. The kernel frees a killed process's lock,
+        also where children that it forked live on.
+        """
         directory = self.local / ".locks"
         try:
             directory.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(directory / f"{component}-{fingerprint}", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(f"{self.local}: cannot be used as artifact root ({error.strerror})") from None
+        _held.add(descriptor)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,25 +253,35 @@ class ArtifactStore:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(descriptor)
+            if descriptor in _held:  # not so in a child that leaves by this way
+                _held.remove(descriptor)
+                os.close(descriptor)
 
     def partial(self, component: str, fingerprint: str) -> Path:
         """Where an artifact grows."""
         return self.local / component / f"{fingerprint}.partial"
 
     def describe_files(self, component: str, fingerprint: str) -> list[File]:
-        """Hash and sync everything in the partial directory."""
+        """Hash and sync everything in the partial directory.
+
+        Raises:
+            UserError: it holds what an artifact cannot.
+        """
         directory = self.partial(component, fingerprint)
         (directory / MANIFEST).unlink(missing_ok=True)  # of an earlier try, which could not be uploaded
         files = []
         for path in sorted(directory.rglob("*")):
+            name = path.relative_to(directory).as_posix()
+            shown = os.fsencode(name).decode(errors="backslashreplace")
+            if shown != name:
+                raise UserError(f"{directory}/{shown}: a file name of an output must be UTF-8")
             if path.is_symlink():
-                raise ValueError(f"{path}: an output holds files and directories, not symbolic links")
-            if path.is_file():
+                raise UserError(f"{path}: an output holds files and directories, not symbolic links")
+            if path.is_file() and path != directory / BEGUN:
                 with path.open("rb") as stream:
                     digest = hashlib.file_digest(stream, "sha256").hexdigest()
                     os.fsync(stream.fileno())
-                files.append(File(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest))
+                files.append(File(path=name, size=path.stat().st_size, sha256=digest))
         return files
 
     def commit(self, manifest: Manifest) -> None:
@@ -248,6 +302,7 @@ class ArtifactStore:
             _sync_directory(Path(directory))
         if self.remote:
             self._upload(manifest, partial)
+        (partial / BEGUN).unlink(missing_ok=True)
         old = partial.with_name(f"{manifest.fingerprint}.old")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -296,9 +351,20 @@ class ArtifactStore:
                 f"{shown}/{file.path}: damaged, its SHA-256 differs from the manifest's; {_remedy(manifest)}"
             )
 
-    def _read_remote(self, where: str) -> str:
+    def _read_remote(self, where: str, patient: bool) -> str:
         with _remote_errors(where):
-            return self.remote.cat_file(where).decode()
+            read = self.remote.cat_file
+            content: bytes = _patiently(where, read, where) if patient else read(where)
+            return content.decode()
+
+
+def is_foreign(text: str | bytes, directory: str) -> bool:
+    """Whether a manifest in a directory of that name was written by something else: many tools call a file so."""
+    try:
+        data = json.loads(text)
+    except ValueError:  # where the name is that of an artifact, a damaged one
+        return not re.fullmatch("[0-9a-f]{16}", directory)
+    return not (isinstance(data, dict) and {"component", "fingerprint", "outputs"} <= data.keys())
 
 
 def _check_size(file: File, size: int | None, directory: str, manifest: Manifest) -> None:
@@ -346,14 +412,13 @@ def _remote_errors(where: str) -> Iterator[None]:
         raise SystemFault(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _patiently(where: str, call: Callable[..., object], *arguments: str) -> None:
+def _patiently(where: str, call: Callable[..., Any], *arguments: str) -> Any:
     """Make a call; where it fails because the object store is away, again and again for `PATIENCE_SECONDS`."""
     until = time.monotonic() + PATIENCE_SECONDS
     pause, longest = RETRY_SECONDS
     while True:
         try:
-            call(*arguments)
-            return
+            return call(*arguments)
         except Exception as error:
             if not _passing(error) or time.monotonic() + pause > until:
                 raise

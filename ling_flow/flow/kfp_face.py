@@ -174,7 +174,7 @@ def run_kfp_step(
         inputs: name → KFP artifact that holds a reference, or None.
         outputs: name → KFP artifact to fill.
     """
-    from ling_flow.flow.step import exit_on_sigterm, run_step
+    from ling_flow.flow.step import TOLD_TO_END, exit_on_sigterm, left, run_step
 
     exit_on_sigterm()
     label = entry_point.partition(":")[2]
@@ -189,6 +189,10 @@ def run_kfp_step(
         outcome = run_step(component, parsed, {name: _read_ref(name, artifact) for name, artifact in inputs.items()})
         _fill(outcome, outputs)
         return tuple(_parameter(outcome.result, name) for name in result_parameters(component)) or None
+    except SystemExit as leave:
+        if leave.code in TOLD_TO_END:
+            raise
+        raise SystemExit(report_failure(label, RuntimeError(f"{label} called {left(leave)}"))) from None
     except Exception as error:
         raise SystemExit(report_failure(label, error)) from None
 

@@ -13,9 +13,10 @@ from pydantic import Field
 from ling_flow.config import StrictModel
 from ling_flow.errors import UserError
 from ling_flow.flow import mlflow_store as store
-from ling_flow.flow.artifact import MANIFEST, ArtifactStore, Manifest, Ref
+from ling_flow.flow.artifact import MANIFEST, ArtifactStore, Manifest, Ref, is_foreign
 from ling_flow.flow.context import Context
 from ling_flow.flow.promotion import Registry, Version
+from ling_flow.flow.recording import corpus_sources
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -116,7 +117,9 @@ def lineage_tree(model: ModelRef) -> Lineage:
         UserError: none of our steps made it, so nothing is known.
     """
     if model.artifact is None:
-        raise UserError(f"{model.uri}: was not made by a step (no {MANIFEST} above it), so its lineage is not known")
+        raise UserError(
+            f"{model.uri}: was not made by a step (no step's {MANIFEST} above it), so its lineage is not known"
+        )
     root = _node(Ref.parse(model.artifact), model.cache, {})
     return Lineage(uri=model.uri, name=model.name, version=model.version, fingerprint=model.fingerprint, model=root)
 
@@ -191,7 +194,8 @@ def _output_above(path: Path, cache: Path) -> tuple[Ref, Path] | None:
         UserError: it is the directory of an artifact that does not have exactly one model.
     """
     for directory in (path, *path.parents):
-        if not (directory / MANIFEST).is_file():
+        manifest_file = directory / MANIFEST
+        if not manifest_file.is_file() or is_foreign(manifest_file.read_bytes(), directory.name):
             continue
         component, fingerprint = directory.parent.name, directory.name
         manifest = ArtifactStore(directory.parents[1], cache).manifest(component, fingerprint)
@@ -241,8 +245,12 @@ def _sources(ref: Ref, manifest: Manifest) -> dict[str, SourceRecord]:
         return {}
     import fsspec
 
-    with fsspec.open(f"{ref}/corpus.json", "r") as file:
-        sources = json.load(file)["sources"]
+    with fsspec.open(f"{ref}/corpus.json", "rb") as file:
+        content = file.read()
+    try:
+        sources = corpus_sources(json.loads(content))
+    except (ValueError, RecursionError):  # a file of that name which is not ours
+        return {}
     return {
         name: SourceRecord(
             tokens=source["train"]["tokens"] + source["validation"]["tokens"],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from ling_flow.flow.artifact import ArtifactStore, Manifest, Ref
+from ling_flow.flow.artifact import ArtifactStore, Manifest, Ref, content_digest
 from ling_flow.flow.component import Dataset, Model
 from ling_flow.flow.tracking import NullTracker
 
@@ -28,17 +29,35 @@ def record_outputs(tracker: NullTracker, manifest: Manifest, store: ArtifactStor
         directory = store.local / manifest.component / manifest.fingerprint / name
         if output.kind == Dataset.schema_title:
             tracker.dataset(name, ref, content_digest(manifest, name), "output")
-            corpus = directory / "corpus.json"
-            for source, record in (json.loads(corpus.read_text())["sources"] if corpus.is_file() else {}).items():
+            corpus = _read(directory / "corpus.json")
+            for source, record in corpus_sources(corpus).items():
                 tracker.dataset(source, f"{ref}/shards/{source}", record["train"]["digest"], "source")
         elif output.kind == Model.schema_title:
-            config = directory / "config.json"
-            architecture = json.loads(config.read_text()) if config.is_file() else {}
+            config = _read(directory / "config.json")
+            architecture = config if isinstance(config, dict) else {}
             tags = {"ling_flow.component": manifest.component, "ling_flow.code_version": manifest.code_version}
             tracker.model(manifest.label, ref, architecture, tags)
 
 
-def content_digest(manifest: Manifest, output: str) -> str:
-    """SHA-256 over names and digests of an output's files."""
-    lines = [f"{file.path} {file.sha256}" for file in manifest.files if file.path.split("/", 1)[0] == output]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+def corpus_sources(corpus: Any) -> dict[str, Any]:
+    """Source name → its record, of what a `corpus.json` holds; {} of a file that is none of ours."""
+    sources = corpus.get("sources") if isinstance(corpus, dict) else None
+    if not isinstance(sources, dict) or not all(map(_is_source, sources.values())):
+        return {}
+    return sources
+
+
+def _is_source(record: Any) -> bool:
+    halves = [record.get(half) if isinstance(record, dict) else None for half in ("train", "validation")]
+    return all(
+        isinstance(half, dict) and isinstance(half.get("digest"), str) and isinstance(half.get("tokens"), int)
+        for half in halves
+    )
+
+
+def _read(path: Path) -> Any:
+    """A JSON file that anyone may have written; None where it is not there or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -1,4 +1,4 @@
-"""Two small components, so that lineage has artifacts to walk."""
+"""Small components, so that lineage has artifacts to walk."""
 
 import json
 
@@ -30,6 +30,13 @@ def collect(config: Nothing, corpus: Output[Dataset]) -> Size:
     half = {"documents": 1, "tokens": 50, "digest": "d1" * 32}
     source = {"train": half, "validation": {**half, "digest": "d2" * 32}}
     (corpus.path / "corpus.json").write_text(json.dumps({"sources": {"books": source}}))
+    return Size(tokens=100)
+
+
+@component(version=1, resources=Resources(cpus=1, memory_gib=1))
+def gather(config: Nothing, corpus: Output[Dataset]) -> Size:
+    """A corpus whose record has another shape than ours."""
+    (corpus.path / "corpus.json").write_text('{"documents": 3}')
     return Size(tokens=100)
 
 

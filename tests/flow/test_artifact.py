@@ -153,6 +153,7 @@ def test_stale_copies_of_remote_files_are_fetched_again(tmp_path: Path) -> None:
         (lambda data: json.dumps({**data, "schema_version": 99}).encode(), "schema_version 99, but this code reads 1"),
         (lambda data: json.dumps({**data, "fingerprint": "f" * 16}).encode(), "belongs to train/ffff.*renamed"),
         (lambda data: json.dumps({**data, "more": 1}).encode(), "more: unknown field"),
+        (lambda data: b'{"name": "app"}', "manifest.json: is no manifest of a step, so .* is no step's artifact$"),
     ],
 )
 def test_damaged_manifests(store: ArtifactStore, tmp_path: Path, edit, message) -> None:
@@ -167,8 +168,44 @@ def test_symbolic_links_are_refused(tmp_path: Path) -> None:
     model = store.partial("train", KEY) / "model"
     model.mkdir(parents=True)
     (model / "link").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match="link: an output holds files and directories, not symbolic links"):
+    with pytest.raises(UserError, match="link: an output holds files and directories, not symbolic links"):
         store.describe_files("train", KEY)
+
+
+def test_file_names_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "artifacts", tmp_path / "cache")
+    model = store.partial("train", KEY) / "model"
+    model.mkdir(parents=True)
+    Path(os.fsdecode(os.fsencode(model) + b"/caf\xe9.txt")).write_text("x")
+    with pytest.raises(UserError, match=r"model/caf\\xe9\.txt: a file name of an output must be UTF-8"):
+        store.describe_files("train", KEY)
+
+
+def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """Else an orphan of a killed step would keep the next one waiting."""
+    store = ArtifactStore(tmp_path / "artifacts", tmp_path / "cache")
+    with store.lock("train", KEY, print):
+        reader, writer = os.pipe()
+        ready, begun = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(writer)
+            os.write(begun, b"x")
+            os.read(reader, 1)  # until the parent lets go
+            os._exit(0)
+        os.read(ready, 1)
+
+    def busy() -> None:
+        raise AssertionError("the child holds the lock")
+
+    try:
+        with store.lock("train", KEY, busy):
+            pass
+    finally:
+        os.close(writer)
+        os.waitpid(child, 0)
+        for descriptor in (reader, ready, begun):
+            os.close(descriptor)
 
 
 def test_the_root_of_the_file_system_is_a_root() -> None:

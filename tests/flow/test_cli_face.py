@@ -130,6 +130,12 @@ def test_exit_code_follows_the_kind_of_error(capsys, monkeypatch, tmp_path, fail
     assert ("traceback" in event) == (fail == "defect")
 
 
+def test_a_body_that_leaves_is_no_success(capsys) -> None:
+    numbers = draw({"count": 2}).outputs["numbers"]
+    code, out, err = run(average, capsys, "--power", "2", "--numbers", numbers, "--fail", "leave")
+    assert (code, out) == (1, "") and "average called sys.exit(0)" in err.splitlines()[-1]
+
+
 def test_bad_config_is_refused_without_importing_anything_heavy() -> None:
     program = (
         "import sys, atexit\n"

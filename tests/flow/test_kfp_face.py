@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,14 @@ def test_a_config_too_long_for_a_command_line(capsys) -> None:
         run_kfp_step("toy.draw:draw", json.dumps({"name": "x" * 70_000}), {}, {})
     assert leave.value.code == 2
     assert "error: draw: config is 70012 bytes of JSON, at most 65536 fit a KFP task" in capsys.readouterr().err
+
+
+def test_a_body_that_leaves_is_no_success(capsys, tmp_path: Path) -> None:
+    numbers = SimpleNamespace(path=tmp_path / "numbers")
+    numbers.path.write_text(json.dumps({"uri": draw({"count": 2}).refs["numbers"]}))
+    with pytest.raises(SystemExit) as leave:
+        run_kfp_step("toy.average:average", '{"power": 2, "fail": "leave"}', {"numbers": numbers}, {})
+    assert leave.value.code == 1 and "average called sys.exit(0)" in capsys.readouterr().err
 
 
 def test_components_that_cannot_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

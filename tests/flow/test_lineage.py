@@ -11,7 +11,7 @@ from ling_flow.flow import mlflow_store
 from ling_flow.flow.context import Context
 from ling_flow.flow.lineage import Lineage, lineage_tree, render_tree, resolve_model
 from ling_flow.flow.promotion import Registry
-from tests.flow.lineage_steps import collect, grow
+from tests.flow.lineage_steps import collect, gather, grow
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,22 @@ def test_a_checkpoint_from_elsewhere_can_be_served_but_has_no_lineage(context: C
     assert (found.path, found.name, found.fingerprint) == (tmp_path, tmp_path.name, "unknown")
     with pytest.raises(UserError, match="was not made by a step"):
         lineage_tree(found)
+
+
+def test_a_manifest_of_another_kind_is_nothing_of_ours(tmp_path: Path) -> None:
+    context = Context(home=tmp_path, artifacts=str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    for text in ('{"name": "app"}', "[]", "// not JSON"):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="was not made by a step"):
+            lineage_tree(resolve_model(str(tmp_path), context))
+
+
+def test_a_corpus_file_of_another_kind_has_no_sources(tmp_path: Path) -> None:
+    context = Context(home=tmp_path, artifacts=str(tmp_path))
+    corpus = gather({}, root=tmp_path).refs["corpus"]
+    model = grow({"stage": "first"}, root=tmp_path, corpus=corpus).refs["checkpoints"]
+    assert lineage_tree(resolve_model(model, context)).model.inputs["corpus"].sources == {}
 
 
 def test_a_damaged_model_is_not_returned(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import Field
+from pydantic import Field, field_serializer, field_validator
 from toy.average import AverageConfig, average
 from toy.draw import DrawConfig, draw
 from toy.planned import PublishConfig, publish
@@ -20,7 +20,8 @@ from toy.planned import PublishConfig, publish
 from ling_flow.config import StrictModel
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow import mlflow_store
-from ling_flow.flow.component import Dataset, Output, Resources, Step, component
+from ling_flow.flow.artifact import content_digest
+from ling_flow.flow.component import Dataset, Model, Output, Resources, Step, component
 from ling_flow.flow.tracking import NullTracker, default_tracking_uri
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -89,7 +90,7 @@ def test_manifest_tells_the_whole_story(home: Path) -> None:
     averaged = average({"power": 2}, numbers=drawn.outputs["numbers"])
     manifest = json.loads((home / "artifacts" / "average" / averaged.fingerprint / "manifest.json").read_text())
     reference = {"ref": str(drawn.outputs["numbers"]), "fingerprint": f"{drawn.fingerprint}/numbers"}
-    assert manifest["inputs"] == {"numbers": reference}
+    assert manifest["inputs"] == {"numbers": {**reference, "digest": content_digest(drawn.manifest, "numbers")}}
     assert manifest["outputs"] == {
         "model": {"kind": "system.Model", "contract": {"unit": "one"}}
     }  # passed on by the body
@@ -149,6 +150,8 @@ def test_damaged_input_is_refused_and_rebuild_heals_it(home: Path, monkeypatch: 
         ("system", SystemFault, "the server is away"),
         ("defect", ZeroDivisionError, "a bug of ours"),
         ("nan", UserError, "average: result average is nan: the computation diverged"),
+        ("contract", UserError, "average: contract model.rate is nan: all its numbers must be finite"),
+        ("leave", RuntimeError, r"average called sys.exit\(0\); it must return its result or raise an error"),
     ],
 )
 def test_a_failing_body_leaves_nothing(home: Path, fail: str, error: type[Exception], message: str) -> None:
@@ -299,6 +302,64 @@ def test_a_number_within_a_result_is_checked_too(home: Path) -> None:
     with pytest.raises(UserError, match=r"result scores\.0\.loss is nan: the computation diverged"):
         diverges({"path": "x"})
     assert entries(home, "diverges") == []
+
+
+class Half(StrictModel):
+    share: float = Field(description="Read back as half of it")
+
+    @field_validator("share")
+    @classmethod
+    def _at_most_one(cls, share: float) -> float:
+        if share > 1:
+            raise ValueError("must be at most 1")
+        return share
+
+    @field_serializer("share")
+    def _percent(self, share: float) -> float:
+        return 100 * share
+
+
+@component(version=1, resources=Resources())
+def lossy(config: FileConfig) -> Half:
+    """Return what is not written as it is read."""
+    return Half(share=0.5)
+
+
+def test_a_result_that_could_not_be_read_back_is_not_committed(home: Path) -> None:
+    with pytest.raises(TypeError, match=r"lossy returned what cannot be read back: result\.share: must be at most 1"):
+        lossy({"path": "x"})
+    assert entries(home, "lossy") == []
+
+
+@component(version=1, resources=Resources())
+def foreign(config: FileConfig, corpus: Output[Dataset], model: Output[Model]) -> FileResult:
+    """Write files that have the names of ours."""
+    (corpus.path / "corpus.json").write_text('{"sources": {"books": 3}}')
+    (model.path / "config.json").write_text("// by hand")
+    return FileResult(size=0)
+
+
+def test_files_of_other_shape_are_not_recorded(home: Path) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    class Outputs(Recorder):
+        def dataset(self, name: str, source: str, digest: str, context: str) -> None:
+            told.append((name, context))
+
+        def model(self, name: str, path: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+            told.append((name, dict(params)))
+
+    recorder = Outputs()
+    assert not foreign({"path": "x"}, tracker=recorder).cached
+    assert told == [("corpus", "output"), ("foreign", {})] and recorder.told[-1][2] == "finished"
+
+    class Broken(Recorder):
+        def dataset(self, name: str, source: str, digest: str, context: str) -> None:
+            raise ValueError("no such table")
+
+    recorder = Broken()
+    assert not foreign({"path": "y"}, tracker=recorder).cached and foreign({"path": "y"}).cached
+    assert recorder.told[-1][2] == "finished", "once it is committed, nothing fails"
 
 
 def test_a_body_that_breaks_its_declaration(home: Path) -> None:

@@ -1,6 +1,7 @@
 """Average numbers: inputs, one of them optional, and every way to fail."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,9 @@ from ling_flow.flow.component import Dataset, Input, Metrics, Model, Output, Res
 
 class AverageConfig(StrictModel):
     power: int = Field(description="Power mean's exponent")
-    fail: Literal["no", "user", "system", "twice", "defect", "nan"] = Field("no", description="How to fail")
+    fail: Literal["no", "user", "system", "twice", "defect", "nan", "contract", "leave"] = Field(
+        "no", description="How to fail"
+    )
     pause: float = context_field(0.0, why="a test device", description="Seconds to wait", ge=0)
 
 
@@ -46,6 +49,10 @@ def average(
         raise SystemFault("the server is away, for now")
     if config.fail == "defect":
         raise ZeroDivisionError("a bug of ours")
+    if config.fail == "leave":
+        sys.exit(0)
+    if config.fail == "contract":
+        model.contract["rate"] = float("nan")
     values = [abs(float(file.read_text())) ** config.power for file in sorted(numbers.path.glob("*.txt"))]
     if summary is not None:
         assert "mean" in summary.read_json("summary.json")
