@@ -91,9 +91,10 @@ def run(
         raise UserError("--mount: has a meaning with --runner docker only; steps in processes see every file")
     loaded, arguments = choose(dag, preset, seed, assignments, config_file)
     nodes = make_nodes(loaded, arguments, frozenset(rebuild), will_run=True)
-    again = frozenset(node.label for node in nodes) if no_cache else frozenset(rebuild)
-    console = _console(stderr=True)
-    finished = run_local(loaded, arguments, nodes, Context.from_environment(), console, again, runner, mounts)
+    context, console = Context.from_environment(), _console(stderr=True)
+    finished = run_local(
+        loaded, arguments, nodes, context, console, frozenset(rebuild), no_cache, runner=runner, mounts=mounts
+    )
     console.print()
     console.print(summary_table(finished.steps))
     console.print(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
+import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +25,15 @@ from ling_flow.errors import LingFlowError, SystemFault, UserError
 from ling_flow.flow.artifact import ArtifactStore, Manifest
 from ling_flow.flow.component import Component
 from ling_flow.flow.identity import code_version, fingerprint
-from ling_flow.flow.kfp_face import ENTRY_POINT, load_component
+from ling_flow.flow.kfp_face import ENTRY_POINT, config_parameters, load_component
 
 if TYPE_CHECKING:
     from ling_flow.flow.profile import Profile
+
+_EXACT = 2**53
+_TYPES = {str: "STRING", int: "NUMBER_INTEGER", float: "NUMBER_DOUBLE", bool: "BOOLEAN"}  # what is given, to KFP
+_CHANNEL = "pipelinechannel--"  # KFP's prefix of the task inputs that an f-string is made of
+_PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['(" + _CHANNEL + r"[^']*)'\]\}\}")
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,29 @@ class LoadedDag:
     @property
     def parameters(self) -> dict[str, Any]:
         """Pipeline parameters and their defaults (None where there is none)."""
-        declared = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
-        return {name: _whole(declared[name].get("defaultValue")) for name in sorted(declared)}
+        declared = self.declared
+        return {
+            name: _typed(declared[name].get("defaultValue"), declared[name]["parameterType"])
+            for name in sorted(declared)
+        }
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        """Pipeline parameters as the PipelineSpec declares them."""
+        parameters: dict[str, Any] = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
+        return parameters
 
 
 @dataclass(frozen=True)
 class Node:
-    """One task of a DAG, resolved: which component, with which config and inputs, and whether its artifact is there."""
+    """One task of a DAG, resolved: which component, with which config and inputs, and whether its artifact is there.
+
+    Steps whose components give them the same label are numbered in the order of the plan: `use`, `use-2`…
+    """
 
     task: str
     label: str
+    numbered: bool
     component: Component
     config: Any
     inputs: Mapping[str, str | None]  # input name → reference "<root>/<component>/<fingerprint>/<output>"
@@ -87,15 +107,15 @@ def _load_module(name: str) -> Any:
         if not path.is_file():
             raise UserError(f"{name}: no such file")
         sys.path.insert(0, str(Path.cwd()))  # a DAG of one's own imports components of one's own
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec = importlib.util.spec_from_file_location(_module_name(path), path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module  # KFP reads a function's source through its module
+        sys.modules[spec.name] = module  # KFP reads a function's source through its module
         try:
             spec.loader.exec_module(module)
         except LingFlowError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{_where(error, path)}{type(error).__name__}: {error}"
             raise UserError(f"{name}: cannot be imported ({reason})") from None
         return module
@@ -104,7 +124,19 @@ def _load_module(name: str) -> Any:
     return importlib.import_module(f"dags.{name}")
 
 
-def _where(error: Exception, path: Path) -> str:
+def _module_name(path: Path) -> str:
+    """What the module of a DAG's file is called: as the file, so that steps find components declared in it; but not
+    where that is the name of something else, such as the package whose components it uses."""
+    try:
+        known = importlib.util.find_spec(path.stem)
+    except (ImportError, ValueError):  # not a name that can be imported
+        return f"_dag_{path.stem}"
+    if known is None or (known.origin and Path(known.origin).resolve() == path.resolve()):
+        return path.stem
+    return f"_dag_{path.stem}"
+
+
+def _where(error: BaseException, path: Path) -> str:
     """The line of the file that an error came from."""
     line = error.lineno if isinstance(error, SyntaxError) else None
     for frame in traceback.extract_tb(error.__traceback__):
@@ -123,13 +155,23 @@ def pipeline_arguments(dag: LoadedDag, given: Mapping[str, Any]) -> dict[str, An
     """`given` (preset, overrides, seed…) as arguments of the pipeline, defaults filled in.
 
     Raises:
-        UserError: the pipeline has no such parameter.
+        UserError: the pipeline has no such parameter, or it does not take such a value.
     """
     defaults = dag.parameters
-    for name in given:
+    arguments = dict(defaults)
+    for name, value in given.items():
         if name not in defaults:
             raise UserError(f"DAG {dag.name!r} takes no parameter {name!r}; it takes: {', '.join(defaults) or 'none'}")
-    return {**defaults, **given}
+        parameter_type = dag.declared[name]["parameterType"]
+        arguments[name] = _typed(value, parameter_type)
+        if _TYPES.get(type(arguments[name])) != parameter_type:
+            raise UserError(
+                f"DAG {dag.name!r}: parameter {name!r} is a {parameter_type} there; it cannot be given as {value!r}"
+            )
+    for name, value in arguments.items():
+        if dag.declared[name]["parameterType"] == "NUMBER_INTEGER":
+            _check_exact(value, f"DAG {dag.name!r}: parameter {name!r}")
+    return arguments
 
 
 def make_plan(
@@ -156,9 +198,17 @@ def make_plan(
 
 
 def _in_order(tasks: Mapping[str, Any]) -> list[str]:
-    """Task names so that each comes after those it depends on, and otherwise in the order they were written."""
+    """Task names so that each comes after those it depends on, and otherwise by name and KFP's number.
+
+    Protobuf's maps have no order of their own; KFP numbers the tasks of one component as they were written.
+    """
+
+    def by_number(task: str) -> tuple[str, int]:
+        name, _, number = task.rpartition("-")
+        return (name, int(number)) if number.isdecimal() else (task, 1)
+
     ordered: list[str] = []
-    waiting = list(tasks)
+    waiting = sorted(tasks, key=by_number)
     while waiting:
         ready = next((task for task in waiting if set(tasks[task].get("dependentTasks", ())) <= set(ordered)), None)
         if ready is None:
@@ -191,28 +241,44 @@ def _resolve(
     store: ArtifactStore,
     rebuild: frozenset[str],
 ) -> Node:
-    given = {
-        name: _parameter(dag, task, source, arguments, results)
-        for name, source in spec.get("inputs", {}).get("parameters", {}).items()
-    }
+    sources = spec.get("inputs", {}).get("parameters", {})
+    given = {name: _parameter(dag, task, source, arguments, results) for name, source in sources.items()}
+    for name, value in given.items():
+        if isinstance(value, int) or config_parameters(component).get(name, (str, None))[0] is int:
+            _check_exact(value, f"task {task!r}: {name.removeprefix(_CHANNEL)!r}")
+    given = {name: _filled(task, given[name], given) for name in given if not name.startswith(_CHANNEL)}
     config = component.parse_config(given if component.planner else given.get("config", "{}"))
     if component.resolve:
         config = component.resolve(config)
-    label = component.label_of(config)
     inputs: dict[str, str | None] = {name: None for name in component.inputs}
     identities: dict[str, str] = {}
     upstream = {}
     edges = spec.get("inputs", {}).get("artifacts", {})
     for name in (name for name in component.inputs if name in edges):  # protobuf's maps have no order of their own
+        if "componentInputArtifact" in edges[name]:
+            parameter = edges[name]["componentInputArtifact"]
+            raise UserError(
+                f"DAG {dag.name!r}: its parameter {parameter!r} is an artifact, which cannot be given from here; let a "
+                "step of the DAG make it"
+            )
         edge = edges[name]["taskOutputArtifact"]
         producer = nodes[edge["producerTask"]]
         identities[name] = f"{producer.fingerprint}/{edge['outputArtifactKey']}"
         inputs[name] = store.ref(producer.component.name, producer.fingerprint, edge["outputArtifactKey"])
         upstream[producer.label] = producer
     key = fingerprint(component.name, component.version, config, identities)
+    own = component.label_of(config)
+    label = _free_label(own, key, nodes.values())
     cached, reason, made_by = _judge(component, config, label, key, upstream, store, rebuild)
     needs = tuple(nodes[name].label for name in nodes if name in spec.get("dependentTasks", ()))
-    return Node(task, label, component, config, inputs, key, cached, reason, made_by, needs)
+    return Node(task, label, label != own, component, config, inputs, key, cached, reason, made_by, needs)
+
+
+def _free_label(own: str, key: str, nodes: Iterable[Node]) -> str:
+    """`own`, or with a number where another step has it; twice the same step has one label."""
+    taken = {node.label: node.fingerprint for node in nodes}
+    candidates = itertools.chain([own], (f"{own}-{number}" for number in itertools.count(2)))
+    return next(label for label in candidates if taken.get(label, key) == key)
 
 
 def _parameter(
@@ -229,9 +295,38 @@ def _parameter(
     return value.model_dump_json() if isinstance(value, BaseModel) else value
 
 
-def _whole(value: Any) -> Any:
-    """Protobuf's Struct turns integers into doubles; turn whole ones back."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _filled(task: str, value: Any, given: Mapping[str, Any]) -> Any:
+    """An f-string over pipeline parameters as `kfp.local` fills it in: numbers come to it as doubles, so 3 is "3.0"."""
+    if not isinstance(value, str):
+        return value
+
+    def text(found: re.Match[str]) -> str:
+        part = given[found[1]]
+        number = isinstance(part, int) and not isinstance(part, bool)
+        return part if isinstance(part, str) else json.dumps(float(part) if number else part)
+
+    filled = _PLACEHOLDER.sub(text, value)
+    unknown = re.search(r"\{\{\$\..*?\}\}", _PLACEHOLDER.sub("", value))
+    if unknown:
+        raise UserError(
+            f"task {task!r}: its config holds {unknown[0]}, which is known only while it runs; leave it out"
+        )
+    return filled
+
+
+def _typed(value: Any, parameter_type: str) -> Any:
+    """A number as KFP's `parameter_type` wants it: protobuf's Struct turns integers into doubles."""
+    kind = {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": float}.get(parameter_type)
+    return kind(value) if kind and isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _check_exact(value: Any, where: str) -> None:
+    """
+    Raises:
+        UserError: an integer that KFP, whose numbers are doubles, would round.
+    """
+    if isinstance(value, int | float) and abs(value) >= _EXACT:
+        raise UserError(f"{where} is {value}: integers from 2^53 on would not be exact in KFP; give a smaller one")
 
 
 def _judge(

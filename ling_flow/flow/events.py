@@ -34,7 +34,9 @@ def emit(event: str, /, *, step: str, **payload: Any) -> None:
     """
     path = os.environ.get("LING_FLOW_EVENTS")
     if event == "log":
-        payload["text"] = redact(payload["text"])
+        payload["text"] = redact(str(payload["text"]))
+    if event == "progress":
+        payload |= {name: _count(payload[name]) for name in ("done", "total")}
     if event == "progress" and _too_soon(step, payload, _HUMAN_INTERVAL if path in (None, "", "-") else _FILE_INTERVAL):
         return
     if not path:
@@ -69,6 +71,12 @@ def report_failure(step: str, error: BaseException) -> int:
     emit("error", step=step, kind=kind, message=message, **({"traceback": trace} if trace else {}))
     print(f"{trace}error: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def _count(value: Any) -> int | float:
+    """A plain number of any kind of number, NumPy's and torch's too: their text in JSON would be no number."""
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
 def _too_soon(step: str, payload: dict[str, Any], interval: float) -> bool:

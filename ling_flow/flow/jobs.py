@@ -199,6 +199,9 @@ def job_of(step: Identified, context: Context, settings: JobSettings, rebuild: b
     arguments = [component.body.__module__, "--config-json", canonical_json(step.config.model_dump(mode="json"))]
     arguments += ["--root", root, *(word for name, ref in step.refs.items() for word in (f"--{name}", str(ref)))]
     resources = settings.resources or component.resources
+    environment = {**_sent(os.environ), **settings.env, "LING_FLOW_RUN_ON": "process", "LING_FLOW_EVENTS": "-"}
+    if step.label != component.label_of(step.config):
+        environment["LING_FLOW_LABELS"] = json.dumps({step.key: step.label})
     return Job(
         base=f"{short.strip('-')}-{step.key}-{place}",
         label=step.label,
@@ -206,12 +209,10 @@ def job_of(step: Identified, context: Context, settings: JobSettings, rebuild: b
         fingerprint=step.key,
         root=root,
         arguments=(*arguments, *(["--rebuild"] if rebuild else [])),
-        environment={
-            **_sent(os.environ), **settings.env, "LING_FLOW_RUN_ON": "process", "LING_FLOW_EVENTS": "-",
-        },
+        environment=environment,
         resources=resources,
         reserved=None if component.runs_on_of(step.config) == "ray" else resources,
-    )  # fmt: skip
+    )
 
 
 def failure(ended: Ended, output: JobOutput) -> LingFlowError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -61,12 +63,12 @@ class StepState:
 
 
 def _progress_text(event: dict[str, Any], started: float) -> str:
-    done, total = event["done"], max(event["total"], 1)
+    done, total = event["done"], event["total"] if event["total"] > 0 else 1
     elapsed = event["time"] - started if started else 0.0
     left = elapsed / done * (total - done) if done else None
     numbers = [f"{name} {_number(value)}" for name, value in event["metrics"].items()]
     eta = f"{left:.0f} s left" if left is not None and done < total else ""
-    return "  ".join(part for part in (f"{100 * done // total:3d} %", event["text"], *numbers, eta) if part)
+    return "  ".join(part for part in (f"{int(100 * done / total):3d} %", event["text"], *numbers, eta) if part)
 
 
 def headline(result: dict[str, Any], most: int = 4) -> str:
@@ -106,7 +108,8 @@ class Watcher:
         self._stop.set()
         self._thread.join()
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(OSError):  # the terminal was closed
+                self._live.stop()
 
     def _follow(self) -> None:
         offset = 0
@@ -126,12 +129,28 @@ class Watcher:
                 if not line.endswith(b"\n"):
                     break  # still being written
                 offset += len(line)
-                event = json.loads(line)
-                state = self.steps.setdefault(event["step"], StepState(event["step"]))
-                state.apply(event)
-                if not self._live:
-                    self._print_line(state, event)
+                with contextlib.suppress(Exception):  # one odd event must not end the view of all others
+                    self._apply(json.loads(line))
         return offset
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        state = self._state_of(event)
+        if event["event"] == "done" and event["cached"] and state.status == "done":
+            return  # the same step a second time in one DAG
+        state.apply(event)
+        if not self._live:
+            self._print_line(state, event)
+
+    def _state_of(self, event: dict[str, Any]) -> StepState:
+        """The step that an event is of. An error may name its component's label where the step is numbered (`use` for
+        `use-2`): then it is that of the one of them which runs, or of the next one."""
+        state = self.steps.setdefault(event["step"], StepState(event["step"]))
+        if event["event"] != "error" or state.status == "running":
+            return state
+        numbered = re.compile(re.escape(state.label) + r"-\d+")
+        alike = [other for other in self.steps.values() if numbered.fullmatch(other.label)]
+        wanted = ("running", "waiting", "failed") if state.status in ("done", "cached") else ("running",)
+        return next((other for status in wanted for other in alike if other.status == status), state)
 
     def _print_line(self, state: StepState, event: dict[str, Any]) -> None:
         kind = event["event"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 
 from ling_flow.errors import SystemFault, UserError
@@ -75,6 +76,16 @@ def check_artifacts(artifacts: ArtifactStore, write: bool) -> None:
             keys = _KEYS.get(root.partition("://")[0], "the credentials")
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise UserError(f"artifact root {root}: refused ({reason}); check {keys}") from None
+
+
+def check_temporary() -> None:
+    """
+    Raises:
+        UserError: TMPDIR, where the process of a step begins, is no directory that can be written to.
+    """
+    path = os.environ.get("TMPDIR")
+    if path and not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
+        raise UserError(f"TMPDIR: {path} is no directory that can be written to; make it, or unset the variable")
 
 
 def _read(artifacts: ArtifactStore) -> None:

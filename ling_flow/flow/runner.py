@@ -72,29 +72,33 @@ def run_local(
     context: Context,
     console: Console,
     rebuild: frozenset[str] = frozenset(),
+    no_cache: bool = False,
     runner: Runner = "subprocess",
     mounts: Sequence[Path] = (),
 ) -> DagRun:
     """Execute `dag`; finished steps are served from their artifacts, killed ones go on from their last checkpoint.
 
     Args:
+        rebuild: labels of the steps to redo although their artifacts exist; `no_cache`: all of them.
         mounts: files and directories outside the home that steps in containers may read.
 
     Raises:
         UserError, SystemFault, DefectError: the failed step's own error, with its name in front.
     """
+    from ling_flow.flow.preflight import check_temporary
     from ling_flow.flow.tracking import default_tracking_uri, finish_dag_run, start_dag_run
 
+    if runner == "subprocess":
+        check_temporary()
     directory = _run_directory(context.home, dag.name)
     tracking_uri = context.tracking_uri or default_tracking_uri(context.home)
     started = time.monotonic()
     (directory / "plan.json").write_text(json.dumps([_summary(node) for node in plan], indent=1))
-    overrides = json.loads(arguments.get("overrides") or "{}")
     parent = start_dag_run(
         tracking_uri,
         dag.name,
         str(arguments.get("preset", "")),
-        overrides,
+        _overrides(arguments),
         code_version(),
         {"ling_flow.seed": str(arguments.get("seed", ""))},
     )
@@ -102,7 +106,9 @@ def run_local(
         "LING_FLOW_HOME": str(context.home),
         "LING_FLOW_ARTIFACTS": context.artifacts,
         "LING_FLOW_EVENTS": str(directory / "events.jsonl"),
-        "LING_FLOW_REBUILD": ",".join(sorted(rebuild)),
+        "LING_FLOW_REBUILD": json.dumps(sorted(rebuild)),
+        "LING_FLOW_NO_CACHE": "1" if no_cache else "",
+        "LING_FLOW_LABELS": json.dumps({node.fingerprint: node.label for node in plan if node.numbered}),
         "LING_FLOW_PARENT_RUN_ID": parent or "",
         "MLFLOW_TRACKING_URI": tracking_uri,
         "LING_FLOW_RUNNER_LOCK": str(directory / "runner.lock"),
@@ -119,8 +125,16 @@ def run_local(
                 from kfp import local
 
                 _execute(dag, arguments, directory, local.SubprocessRunner(use_venv=False))
+        if unfinished := [state for state in watcher.steps.values() if state.status not in ("done", "cached")]:
+            raise _ended_early(unfinished[0], directory)
         status = "finished"
-    except RuntimeError as error:  # kfp.local's only word for a failed task
+    except LingFlowError:
+        raise
+    except Exception as error:
+        if early := _unfinished_before(watcher, error):
+            raise _ended_early(early, directory) from None
+        if not isinstance(error, RuntimeError):  # kfp.local's only word for a failed task
+            raise
         raise _failure_of(watcher, directory, error) from None
     except KeyboardInterrupt:
         status = "killed"
@@ -136,7 +150,7 @@ def _record_cached(tracking_uri: str, parent: str, plan: Sequence[Node], watcher
     """A cached step returns before it would import MLflow; its place in the run tree is filled here."""
     from ling_flow.flow.tracking import record_cached
 
-    for node in plan:
+    for node in {node.label: node for node in plan}.values():
         state = watcher.steps[node.label]
         if state.status == "cached":
             config, inputs = node.config.model_dump(mode="json"), {name: ref or "" for name, ref in node.inputs.items()}
@@ -249,6 +263,32 @@ def _lock(directory: Path) -> Iterator[None]:
         yield
 
 
+def _overrides(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameter `overrides`, nested; a DAG of one's own may mean something else by that name."""
+    given = arguments.get("overrides") or {}
+    try:
+        nested = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        nested = given
+    return nested if isinstance(nested, Mapping) else {"overrides": given}
+
+
+def _unfinished_before(watcher: Watcher, error: Exception) -> StepState | None:
+    """The step that ended without a word before a later one failed: KFP took it for done. One runs at a time."""
+    running = sorted(
+        (state for state in watcher.steps.values() if state.status == "running"), key=lambda state: state.started
+    )
+    another = any(watcher.failed()) or len(running) > 1 or not isinstance(error, RuntimeError)
+    return running[0] if running and another else None
+
+
+def _ended_early(state: StepState, directory: Path) -> DefectError:
+    return DefectError(
+        f"{state.label}: ended with exit code 0 before it was finished; its body must return its result, and not leave "
+        f"the process (sys.exit, os._exit). Log: {directory / 'log.txt'}"
+    )
+
+
 def _failure_of(watcher: Watcher, directory: Path, error: RuntimeError) -> LingFlowError:
     """The failed step's own error. A step that died without a word was killed from outside: the system's fault."""
     log = directory / "log.txt"
@@ -274,22 +314,27 @@ def _failure_of(watcher: Watcher, directory: Path, error: RuntimeError) -> LingF
 
 @contextlib.contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Steps inherit the environment: set ours for the time of the run."""
+    """Steps inherit the environment: set ours for the time of the run, and unset what is empty."""
     before = {name: os.environ.get(name) for name in changes}
-    os.environ.update({name: value for name, value in changes.items() if value})
+    for name, value in changes.items():
+        os.environ.pop(name, None)
+        if value:
+            os.environ[name] = value
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name, old in before.items():
+            os.environ.pop(name, None)
+            if old is not None:
+                os.environ[name] = old
 
 
 @contextlib.contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: steps see that their runner is gone and stop."""
+    """SIGTERM and SIGHUP (a closed terminal) end the run as Ctrl-C does: steps see that their runner is gone and stop.
+
+    A signal that is ignored (nohup) stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -297,8 +342,12 @@ def _termination_as_interrupt() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -126,7 +126,7 @@ def identify(
     parents = {name: _parent(ref, manifest) for name, (ref, manifest) in given.items()}
     identity = {name: parent.fingerprint for name, parent in parents.items()}
     key = fingerprint(component.name, component.version, config, identity)
-    label = component.label_of(config)
+    label = context.labels.get(key) or component.label_of(config)
     return Identified(component, config, refs, parents, key, label, store, cache)
 
 
@@ -153,7 +153,7 @@ def run_step(
     context = Context.from_environment()
     found = identify(component, config, inputs, root, context)
     config, key, label, store = found.config, found.key, found.label, found.store
-    rebuild = rebuild or bool({label, component.name} & context.rebuild)
+    rebuild = rebuild or context.no_cache or label in context.rebuild
     where = run_on or (context.run_on if component.runs_on_of(config) != "process" else "process")
 
     outcome = None if rebuild else found.find()

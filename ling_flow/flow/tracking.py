@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -205,10 +206,15 @@ class Tracker(NullTracker):
 
     def _tell_parent(self, result: Mapping[str, Any]) -> None:
         if self._parent is not None:
-            store.log_result(self._api, self._parent, result, f"{self._label}.")
+            store.log_result(self._api, self._parent, result, _prefix(self._label))
 
     def _log_points(self, points: list[tuple[str, float, int, int]]) -> None:
         store.log_points(self._api, self._run, points)
+
+
+def _prefix(label: str) -> str:
+    """What a step's metrics begin with in the run above it: its label, without what MLflow takes in no name."""
+    return re.sub(r"[^\w. -]", "_", label) + "."
 
 
 def open_tracker(context: Context, experiment: str = EXPERIMENT) -> NullTracker:
@@ -310,10 +316,12 @@ def record_cached(
             experiment = client.get_run(parent_run_id).info.experiment_id
             tags = {**store.step_tags(component, fingerprint, inputs, made_by), "ling_flow.cached": "true"}
             run = store.create_run(client, experiment, label, tags, parent_run_id, store.now_ms())
-            store.log_config(client, run, config)
-            store.log_result(client, run, result)
-            store.log_result(client, parent_run_id, result, f"{label}.")
-            client.set_terminated(run, "FINISHED")
+            try:
+                store.log_config(client, run, config)
+                store.log_result(client, run, result)
+                store.log_result(client, parent_run_id, result, _prefix(label))
+            finally:
+                client.set_terminated(run, "FINISHED")
     except LingFlowError as error:
         events.emit("log", step=label, text=f"{error}; the cached step is not recorded")
 

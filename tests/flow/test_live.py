@@ -52,6 +52,43 @@ def test_without_a_terminal_lines_are_printed_and_half_lines_wait(tmp_path: Path
     assert "train: cached  n 3" in out.getvalue()
 
 
+def watched(tmp_path: Path, labels: list[str], *events: dict[str, Any]) -> Watcher:
+    """A watcher that has seen `events`."""
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    with Watcher(path, labels, Console(file=io.StringIO(), width=200)) as watcher:
+        pass
+    return watcher
+
+
+def test_odd_events_end_nothing(tmp_path: Path) -> None:
+    odd = event("progress", done="1", total="3", text="", metrics={})
+    done = event("done", fingerprint="f", cached=False, seconds=1.0, result={}, outputs={})
+    watcher = watched(tmp_path, ["train"], odd, {"event": "start"}, done)
+    assert watcher.steps["train"].status == "done"
+
+
+def test_progress_in_parts() -> None:
+    state = StepState("train")
+    state.apply(event("progress", done=0.25, total=0.5, text="", metrics={}))
+    assert state.detail.strip().startswith("50 %")
+
+
+def test_the_same_step_a_second_time_is_no_news(tmp_path: Path) -> None:
+    done = event("done", fingerprint="f", cached=False, seconds=1.0, result={}, outputs={})
+    watcher = watched(tmp_path, ["train"], done, {**done, "cached": True})
+    assert (watcher.steps["train"].status, watcher.steps["train"].seconds) == ("done", 1.0)
+
+
+def test_an_error_belongs_to_the_numbered_step_that_runs(tmp_path: Path) -> None:
+    done = event("done", fingerprint="f", cached=False, seconds=1.0, result={}, outputs={})
+    start = {**event("start", component="train", fingerprint="g"), "step": "train-2"}
+    error = event("error", kind="user", message="field: wrong")
+    for started in ([start], []):  # or it failed before
+        watcher = watched(tmp_path, ["train", "train-2", "train-3"], done, *started, error)
+        assert [state.status for state in watcher.steps.values()] == ["done", "failed", "waiting"]
+
+
 def test_the_table_shows_phase_time_and_what_it_achieved() -> None:
     done = StepState("train", status="done", seconds=12.34, result={"loss": 1.23456, "tokens": 2_000_000})
     out = io.StringIO()

@@ -153,6 +153,6 @@ def test_a_damaged_object_is_named_and_a_rebuild_heals_it(
     store = ArtifactStore(ROOT, tmp_path / "elsewhere")
     with pytest.raises(UserError, match=rf"{name}: damaged, its SHA-256 differs .* --rebuild weights"):
         store.open("weights", outcome.fingerprint, "model")
-    monkeypatch.setenv("LING_FLOW_REBUILD", "weights")
+    monkeypatch.setenv("LING_FLOW_REBUILD", '["weights"]')
     weights(WeightsConfig(seed=4), root=ROOT)
     store.open("weights", outcome.fingerprint, "model")

@@ -11,7 +11,7 @@ import pytest
 
 from ling_flow.errors import UserError
 from ling_flow.flow.context import Context
-from ling_flow.flow.preflight import check_access
+from ling_flow.flow.preflight import check_access, check_temporary
 from tests.conftest import Called
 
 
@@ -67,3 +67,11 @@ def test_a_run_does_not_begin(call: Callable[..., Called], tmp_path: Path) -> No
     done = call("run", MLFLOW_TRACKING_URI=f"file://{tmp_path}/runs")
     assert done.code == 2
     assert done.err.strip().endswith("(sqlite:///FILE, postgresql://…, http://HOST:PORT)")
+
+
+def test_a_temporary_directory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    check_temporary()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"TMPDIR: .*none is no directory"):
+        check_temporary()

@@ -107,3 +107,22 @@ def test_texts_that_name_the_interpreter_arrive_as_they_are(tmp_path: Path, monk
     phases = finished(started(str(TOYS / "named.py")))["phases"]
     assert list(phases) == ["draw_python3_docs"]
     assert phases["draw_python3_docs"]["artifacts"]["numbers"] == f"{home}/artifacts/draw/{node.fingerprint}/numbers"
+
+
+def test_two_steps_of_one_component_are_told_apart(home: Path) -> None:
+    twice = str(TOYS / "twice.py")
+    first, again, anew = (
+        finished(started(twice, *options)) for options in ((), ("--rebuild", "average-2"), ("--no-cache",))
+    )
+    labels = ["draw_a,b", "average", "average-2"]
+    cached = [[run["phases"][label]["cached"] for label in labels] for run in (first, again, anew)]
+    assert cached == [[False, False, False], [True, True, False], [False, False, False]]
+    averages = {label: first["phases"][label]["metrics"]["average"] for label in labels[1:]}
+    assert averages["average"] != averages["average-2"]
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    for run in (first, again, anew):
+        recorded = client.get_run(run["mlflow_run_id"]).data.metrics
+        assert {label: recorded[f"{label}.average"] for label in averages} == averages
+    assert {status for statuses in mlflow_states(home).values() for status in statuses} == {"FINISHED"}

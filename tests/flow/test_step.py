@@ -136,7 +136,7 @@ def test_damaged_input_is_refused_and_rebuild_heals_it(home: Path, monkeypatch: 
     file.unlink()
     with pytest.raises(UserError, match=r"numbers/0001\.txt: missing; run again with --rebuild draw_series"):
         draw({"count": 3})
-    monkeypatch.setenv("LING_FLOW_REBUILD", "other, draw_series")
+    monkeypatch.setenv("LING_FLOW_REBUILD", '["other", "draw_series"]')
     assert not draw({"count": 3}).cached
     monkeypatch.delenv("LING_FLOW_REBUILD")
     assert file.read_text() == whole and draw({"count": 3}).cached

@@ -182,6 +182,26 @@ def test_a_cached_step_is_recorded_with_the_same_numbers(uri: str) -> None:
     assert (run.data.metrics, run.data.params, run.info.status) == ({"exact_match": 0.25}, {"seed": "0"}, "FINISHED")
 
 
+def test_labels_that_are_no_names_for_mlflow(tmp_path: Path, uri: str, capfd: pytest.CaptureFixture[str]) -> None:
+    parent = start_dag_run(uri, "lifecycle-4", "tiny", {}, "0.1+abc")
+    assert parent is not None
+    record_cached(uri, parent, "use (lr=0.1)", "use", "f8", {}, {}, {"n": 5, "text": "a"}, "0.1+abc")
+    tracker = open_tracker(context(tmp_path, uri, parent))
+    tracker.start_step("use, again", "use", "f9", {}, {})
+    tracker.finish({"n": 6})
+    for key in ("f8", "f9"):
+        assert only_run(uri, f"tags.`ling_flow.fingerprint` = '{key}'").info.status == "FINISHED"
+    assert mlflow_store.connect(uri).get_run(parent).data.metrics == {"use _lr_0.1_.n": 5, "use_ again.n": 6}
+    assert "record" not in capfd.readouterr().err
+
+
+def test_a_cached_step_is_closed_although_its_record_is_refused(uri: str) -> None:
+    parent = start_dag_run(uri, "lifecycle-5", "tiny", {}, "0.1+abc")
+    assert parent is not None
+    record_cached(uri, parent, "odd", "odd", "f10", {}, {}, {"what's this": 5}, "0.1+abc")
+    assert only_run(uri, "tags.`ling_flow.fingerprint` = 'f10'").info.status == "FINISHED"
+
+
 def test_the_dag_run_closes_steps_that_were_killed(tmp_path: Path, uri: str) -> None:
     parent = start_dag_run(uri, "lifecycle-3", "tiny", {}, "0.1+abc")
     assert parent is not None
