@@ -236,6 +236,10 @@ def _load_yaml(text: str) -> Any:
             if tag is None or tag.rsplit(":", 1)[-1] in ("null", "bool", "int", "float", "str", "seq", "map")
         }
 
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            """What holds itself is found out only while it is made in depth."""
+            return super().construct_object(node, deep=True)
+
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
             """Called for a mapping before it is read; lays what `<<` names below the mapping's own keys."""
             seen = set()

@@ -104,6 +104,7 @@ def test_keys_are_what_was_written(tmp_path: Path) -> None:
         ("? [a, b]\n: 1\n", r"c\.yaml: line 1: a key must be a name, not a sequence$"),
         ("a: !!binary aGk=\n", r"c\.yaml: not valid YAML \(could not determine a constructor for the tag .*binary"),
         ("a: !!set {x, y}\n", r"c\.yaml: not valid YAML .*set"),
+        ("a: &x {b: *x}\n", r"c\.yaml: not valid YAML \(found unconstructable recursive node"),
     ],
 )
 def test_files_that_json_could_not_hold_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -18,7 +18,7 @@ from ling_flow.config import merge, parse_overrides, read_yaml
 from ling_flow.errors import UserError
 from ling_flow.flow.component import Component
 from ling_flow.flow.events import report_failure
-from ling_flow.flow.fields import Leaf, leaves, with_defaults
+from ling_flow.flow.fields import Leaf, leaves
 from ling_flow.flow.step import Outcome, exit_on_sigterm, run_step
 
 
@@ -76,7 +76,7 @@ def command(component: Component) -> click.Command:
 
 
 def config_of(component: Component, values: dict[str, Any]) -> dict[str, Any]:
-    """Config fields from the file, with the flags over them, with nested defaults below."""
+    """Config fields from the file, with the flags over them."""
     if values["config"] and values["config_json"]:
         raise UserError("--config and --config-json: give one of them")
     tree = read_yaml(values["config"]) if values["config"] else _read_json(values["config_json"])
@@ -84,7 +84,7 @@ def config_of(component: Component, values: dict[str, Any]) -> dict[str, Any]:
         text = values[_slot("field", leaf.path)]
         if text is not None:
             tree = merge(tree, _assign(leaf, text))
-    return with_defaults(component.config_model, tree)
+    return tree
 
 
 def _read_json(text: str | None) -> dict[str, Any]:

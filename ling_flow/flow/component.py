@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, Field
+from pydantic_core import to_jsonable_python
 
 from ling_flow.config import StrictModel, parse
 from ling_flow.errors import UserError
 from ling_flow.flow import events
-from ling_flow.flow.fields import check_fields, leaves
+from ling_flow.flow.fields import check_fields, leaves, with_defaults
 
 if TYPE_CHECKING:
     from ling_flow.flow.step import Outcome
@@ -211,6 +212,8 @@ class Component:
     def parse_config(self, config: BaseModel | Mapping[str, Any] | str) -> Any:
         """`config` as this component's model, from the model itself, a mapping or JSON text.
 
+        What is left out has its default, also within a nested model that is given in part.
+
         Raises:
             UserError: it does not fit; one line that names the first wrong field.
         """
@@ -220,6 +223,14 @@ class Component:
             raise UserError(
                 f"{self.name}: config must be a {self.config_model.__name__}, not a {type(config).__name__}"
             )
+        if isinstance(config, Mapping):
+            return parse(self.config_model, with_defaults(self.config_model, config), self.name)
+        try:
+            data = json.loads(config)
+        except ValueError:
+            data = None  # Pydantic says what is wrong
+        if isinstance(data, dict):
+            config = json.dumps(to_jsonable_python(with_defaults(self.config_model, data)))
         return parse(self.config_model, config, self.name)
 
     def __call__(

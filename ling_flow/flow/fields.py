@@ -113,7 +113,7 @@ def with_defaults(
     Pydantic alone would build a partly given nested model from its own defaults and forget those of the field that
     holds it.
     """
-    tree: dict[str, Any] = {} if default is None else to_jsonable_python(default)
+    tree: dict[str, Any] = {} if default is None else dict(default)
     for name, value in changes.items():
         field = model.model_fields.get(name)
         if field is not None and _is_model(field.annotation) and isinstance(value, Mapping):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, Field, RootModel, SecretStr, computed_field
 from toy.average import AverageConfig, AverageResult, average
-from toy.draw import DrawConfig, DrawResult, draw
+from toy.draw import DrawConfig, DrawResult, Noise, draw
 from toy.planned import PlanConfig, PlanResult, plan
 
 from ling_flow.config import StrictModel
@@ -232,6 +232,17 @@ def test_parse_config_takes_model_mapping_and_json() -> None:
 def test_nested_defaults_survive_partial_changes() -> None:
     tree = with_defaults(DrawConfig, {"noise": {"shape": "uniform"}})
     assert DrawConfig.model_validate(tree).noise.model_dump() == {"scale": 2.0, "shape": "uniform"}
+
+
+@pytest.mark.parametrize("given", [{"noise": {"shape": "uniform"}}, '{"noise": {"shape": "uniform"}}'])
+def test_a_nested_model_given_in_part_means_the_same_on_every_face(given) -> None:
+    config = draw.parse_config(given)
+    assert config == DrawConfig(noise=Noise(scale=2.0, shape="uniform"))
+    with pytest.raises(UserError, match=r"draw\.noise: "):
+        draw.parse_config({"noise": 3})
+    for text in ("[1]", "{", "3"):
+        with pytest.raises(UserError, match=r"^draw: "):
+            draw.parse_config(text)
 
 
 def test_kfp_command_line_and_call_agree() -> None:
