@@ -142,14 +142,19 @@ class Watcher:
             self._print_line(state, event)
 
     def _state_of(self, event: dict[str, Any]) -> StepState:
-        """The step that an event is of. An error may name its component's label where the step is numbered (`use` for
-        `use-2`): then it is that of the one of them which runs, or of the next one."""
+        """The step that an event is of.
+
+        A step may give the label of its component where it has a numbered one (`use` for `use-2`): with an error that
+        came early, or where it is another one than was planned. Then it is the one of them which runs, or the next one.
+        """
         state = self.steps.setdefault(event["step"], StepState(event["step"]))
-        if event["event"] != "error" or state.status == "running":
+        over = state.status in ("done", "cached")
+        another = over and event.get("fingerprint", state.fingerprint) != state.fingerprint
+        if not another and (event["event"] != "error" or state.status == "running"):
             return state
         numbered = re.compile(re.escape(state.label) + r"-\d+")
         alike = [other for other in self.steps.values() if numbered.fullmatch(other.label)]
-        wanted = ("running", "waiting", "failed") if state.status in ("done", "cached") else ("running",)
+        wanted = ("running", "waiting", "failed") if over else ("running",)
         return next((other for status in wanted for other in alike if other.status == status), state)
 
     def _print_line(self, state: StepState, event: dict[str, Any]) -> None:

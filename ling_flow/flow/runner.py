@@ -125,8 +125,9 @@ def run_local(
                 from kfp import local
 
                 _execute(dag, arguments, directory, local.SubprocessRunner(use_venv=False))
-        if unfinished := [state for state in watcher.steps.values() if state.status not in ("done", "cached")]:
-            raise _ended_early(unfinished[0], directory)
+        for state in (watcher.steps[node.label] for node in plan):
+            if state.status not in ("done", "cached"):
+                raise _ended_early(state, directory)
         status = "finished"
     except LingFlowError:
         raise
@@ -143,7 +144,10 @@ def run_local(
         if parent:
             _record_cached(tracking_uri, parent, plan, watcher)
             finish_dag_run(tracking_uri, parent, status)
-    return DagRun(time.monotonic() - started, list(watcher.steps.values()), parent, directory)
+    steps = {
+        node.label: watcher.steps[node.label] for node in plan
+    }  # of others, such as the store, words may have come
+    return DagRun(time.monotonic() - started, list(steps.values()), parent, directory)
 
 
 def _record_cached(tracking_uri: str, parent: str, plan: Sequence[Node], watcher: Watcher) -> None:

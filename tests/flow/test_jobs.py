@@ -33,6 +33,13 @@ def job(config: DrawConfig | None = None, root: str = "/somewhere", settings: Jo
     return job_of(step, context, settings or JobSettings(), rebuild=False)
 
 
+def test_a_job_knows_the_number_in_its_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "LING_FLOW_LABELS" not in job().environment
+    monkeypatch.setenv("LING_FLOW_LABELS", json.dumps({job().fingerprint: "draw_series-2", "other": "draw_series-3"}))
+    assert job().label == "draw_series-2"
+    assert job().environment["LING_FLOW_LABELS"] == json.dumps({job().fingerprint: "draw_series-2"})
+
+
 def test_the_name_says_which_artifact_where_and_fits_kubernetes() -> None:
     assert job().name(1) == job().name(1)
     assert job(root="/elsewhere").name(1) != job().name(1)

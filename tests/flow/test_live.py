@@ -89,6 +89,13 @@ def test_an_error_belongs_to_the_numbered_step_that_runs(tmp_path: Path) -> None
         assert [state.status for state in watcher.steps.values()] == ["done", "failed", "waiting"]
 
 
+def test_a_step_that_is_another_than_was_planned_is_not_lost(tmp_path: Path) -> None:
+    done = event("done", fingerprint="f", cached=False, seconds=1.0, result={}, outputs={})
+    unplanned = [event("start", component="train", fingerprint="g"), {**done, "fingerprint": "g", "seconds": 2.0}]
+    watcher = watched(tmp_path, ["train", "train-2"], done, *unplanned)
+    assert [(state.status, state.seconds) for state in watcher.steps.values()] == [("done", 1.0), ("done", 2.0)]
+
+
 def test_the_table_shows_phase_time_and_what_it_achieved() -> None:
     done = StepState("train", status="done", seconds=12.34, result={"loss": 1.23456, "tokens": 2_000_000})
     out = io.StringIO()

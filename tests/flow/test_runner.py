@@ -157,6 +157,7 @@ def test_an_odd_event_does_not_hide_the_end(run: Run) -> None:
     def odd() -> None:
         with open(os.environ["LING_FLOW_EVENTS"], "a") as stream:
             stream.write(json.dumps({"event": "progress", "step": "average", "time": 1.0}) + "\nno JSON\n")
+        events.emit("log", step="artifacts", text="the store is away")  # of no step
         all_done()
 
     assert [step.status for step in run(odd).steps] == ["done"] * 3
