@@ -3,9 +3,8 @@
 A step's outputs grow in `<fingerprint>.partial/`, are hashed and synced, and become the artifact by one rename: an
 artifact is there whole or not at all. On an object store the step works in a local cache; files are uploaded and the
 manifest goes last, as commit mark. A store that is away for some minutes delays an upload or a download and does not
-end it. Reading an output verifies each of its files; a rebuild may replace it under a reader, who is told by the digest of
-its content. A reference to an output is the text
-`<root>/<component>/<fingerprint>/<output>`.
+end it. Reading an output verifies each of its files; where a rebuild replaces it under a reader, the digest
+of its content tells. A reference to an output is the text `<root>/<component>/<fingerprint>/<output>`.
 """
 
 from __future__ import annotations
