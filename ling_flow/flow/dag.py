@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from ling_flow.config import identity_of, parse
 from ling_flow.errors import LingFlowError, SystemFault, UserError
-from ling_flow.flow.artifact import ArtifactStore, Manifest
+from ling_flow.flow.artifact import ArtifactStore, Manifest, changed_input, content_digest
 from ling_flow.flow.component import Component
 from ling_flow.flow.identity import code_version, fingerprint
 from ling_flow.flow.kfp_face import ENTRY_POINT, config_parameters, load_component
@@ -252,6 +252,7 @@ def _resolve(
         config = component.resolve(config)
     inputs: dict[str, str | None] = {name: None for name in component.inputs}
     identities: dict[str, str] = {}
+    contents: dict[str, str] = {}  # of the inputs that are there and stay
     upstream = {}
     edges = spec.get("inputs", {}).get("artifacts", {})
     for name in (name for name in component.inputs if name in edges):  # protobuf's maps have no order of their own
@@ -266,10 +267,13 @@ def _resolve(
         identities[name] = f"{producer.fingerprint}/{edge['outputArtifactKey']}"
         inputs[name] = store.ref(producer.component.name, producer.fingerprint, edge["outputArtifactKey"])
         upstream[producer.label] = producer
+        made = store.manifest(producer.component.name, producer.fingerprint) if producer.cached else None
+        if made is not None:
+            contents[name] = content_digest(made, edge["outputArtifactKey"])
     key = fingerprint(component.name, component.version, config, identities)
     own = component.label_of(config)
     label = _free_label(own, key, nodes.values())
-    cached, reason, made_by = _judge(component, config, label, key, upstream, store, rebuild)
+    cached, reason, made_by = _judge(component, config, label, key, upstream, contents, store, rebuild)
     needs = tuple(nodes[name].label for name in nodes if name in spec.get("dependentTasks", ()))
     return Node(task, label, label != own, component, config, inputs, key, cached, reason, made_by, needs)
 
@@ -335,15 +339,23 @@ def _judge(
     label: str,
     key: str,
     upstream: Mapping[str, Node],
+    contents: Mapping[str, str],
     store: ArtifactStore,
     rebuild: frozenset[str],
 ) -> tuple[bool, str, str]:
-    """Whether the node is served from its artifact, why (not) in one sentence, and which code made the artifact."""
+    """Whether the node is served from its artifact, why (not) in one sentence, and which code made the artifact.
+
+    Args:
+        contents: input name → digest of what it holds, of the inputs that are not made again.
+    """
     if label in rebuild:
         return False, "asked for by --rebuild", ""
     manifest = store.manifest(component.name, key)
     if manifest is None:
         return False, _why_missing(component, label, key, identity_of(config), upstream, store), ""
+    known = {name: parent for name, parent in manifest.inputs.items() if name in contents}
+    if changed := changed_input(manifest.model_copy(update={"inputs": known}), contents):
+        return False, changed, ""
     store.check_sizes(manifest)
     result = parse(
         component.result_model, manifest.result, f"{store.root}/{component.name}/{key}/manifest.json: result"
@@ -358,6 +370,8 @@ def _judge(
             "its effect is gone: the registered version or the endpoint it made is no longer the one that is asked for",
             "",
         )
+    if redone := [name for name, node in upstream.items() if not node.cached]:
+        return True, f"done before; redone if {', '.join(redone)} gives other content now", manifest.code_version
     if manifest.code_version != code_version():
         return True, f"made by other code, {manifest.code_version}; --rebuild {label} redoes it", manifest.code_version
     return True, "", manifest.code_version

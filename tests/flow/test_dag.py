@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from toy.average import average
+from toy.draw import draw
 
 from components.plan import PlanConfig, plan
 from ling_flow.errors import UserError
@@ -13,6 +15,7 @@ from ling_flow.flow.artifact import ArtifactStore
 from ling_flow.flow.dag import LoadedDag, known_dags, load_dag, make_plan, pipeline_arguments
 from ling_flow.flow.identity import fingerprint
 from ling_flow.flow.lint import python_branches
+from ling_flow.flow.tracking import NullTracker
 from tests.dags.test_lifecycle_ir import PHASES
 
 
@@ -128,6 +131,24 @@ def test_steps_of_one_label_are_numbered(store: ArtifactStore) -> None:
     assert [(node.label, node.numbered) for node in nodes[1:]] == [("average", False), ("average-2", True)]
     assert [node.config.power for node in nodes[1:]] == [1, 2]
     assert [node.reason for node in nodes[1:]] == ["needs draw_a,b", "asked for by --rebuild"]
+
+
+def test_what_a_rebuild_makes_of_the_steps_after_it(tmp_path: Path, store: ArtifactStore) -> None:
+    dag = written(
+        tmp_path, "after", "", """average.kfp(config='{"power": 1}', numbers=draw.kfp().outputs["numbers"])"""
+    )
+
+    def planned(*rebuild: str) -> list[tuple[bool, str]]:
+        return [(node.cached, node.reason) for node in make_plan(dag, {}, store, frozenset(rebuild))]
+
+    drawn = draw({}, root=store.root, tracker=NullTracker())
+    average({"power": 1}, root=store.root, tracker=NullTracker(), numbers=drawn.refs["numbers"])
+    assert planned() == [(True, ""), (True, "")]
+    assert planned("draw_series")[1] == (True, "done before; redone if draw_series gives other content now")
+    manifest = store.local / "draw" / drawn.fingerprint / "manifest.json"
+    old = next(file.sha256 for file in drawn.manifest.files if file.path.startswith("numbers/"))
+    manifest.write_text(manifest.read_text().replace(old, "0" * 64))
+    assert planned() == [(True, ""), (False, "input numbers was rebuilt with other content")]
 
 
 def test_twice_the_same_step_is_one(tmp_path: Path, store: ArtifactStore) -> None:
