@@ -142,12 +142,12 @@ def test_no_temporary_directory_no_run(run: Run, home: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_unless_it_is_ignored(run: Run, number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
-        run(lambda: os.kill(os.getpid(), number))
-    assert signal.getsignal(number) == before
-    signal.signal(number, signal.SIG_IGN)
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored from the start
     try:
+        with pytest.raises(KeyboardInterrupt):
+            run(lambda: os.kill(os.getpid(), number))
+        assert signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)
         run(lambda: (os.kill(os.getpid(), number), all_done())[1])  # type: ignore[func-returns-value]
     finally:
         signal.signal(number, before)
