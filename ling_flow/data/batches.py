@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     @property
     def token_count(self) -> int:
         """Tokens that the model reads, padding left out."""
-        return self.routed(0).tokens
+        return self.tokens[:, 1:].numel() if self.documents is None else int((self.documents[:, :-1] != PADDING).sum())
 
     def targets(self, ahead: int = 1) -> int:
         """Tokens that are predicted from the one `ahead` places before them: where it is in the same document."""
