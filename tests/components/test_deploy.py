@@ -1,5 +1,4 @@
 import json
-import socket
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from ling_flow.flow.context import Context
 from ling_flow.flow.promotion import Registry
 from ling_flow.serving.server import endpoint_status, stop_all, stop_endpoint
 from tests.components.serving_steps import measure, train
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -23,12 +23,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield tmp_path
     stop_all(tmp_path)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def registration(seed: int, well_formed: float) -> str:
@@ -75,7 +69,7 @@ def test_the_champion_is_served_replaced_and_proven(home: Path, monkeypatch: pyt
         deploy({"max_tokens": 5000}, registration=first)
     assert deploy({}, registration=first).cached  # what this step did not start stays
 
-    elsewhere = {"port": _free_port()}
+    elsewhere = {"port": free_port()}
     moved = deploy(elsewhere, registration=first)
     assert not moved.cached and moved.result.url == f"http://127.0.0.1:{elsewhere['port']}"
     assert deploy(elsewhere, registration=first).cached

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
+
+from tests.ports import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -31,23 +33,29 @@ class RayHead:
         """Returns when the job server takes jobs, which is some time after it answers."""
         command = [RAY, "start", "--head", "--block", f"--port={self._port}", "--num-cpus=2", "--disable-usage-stats"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self._dashboard}", "--include-dashboard=true"]
-        # Fixed by default: a second head on this machine would have no agent to run jobs by.
-        command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+        # Fixed by default, and an agent whose port is taken stays without a word, so that no job ever runs.
+        command += ["--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_port()}"]
         command += [f"--temp-dir={self._sessions}"]
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 command, env=self._environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not _takes_jobs(self.address):
-            assert self._process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+        deadline = time.monotonic() + 240
+        while refusal := _refusal(self.address):
+            assert self._process.poll() is None and time.monotonic() < deadline, f"{refusal}\n{self._logs()}"
             time.sleep(0.2)
+
+    def _logs(self) -> str:
+        """What Ray says, and the ends of the logs of its parts that serve jobs."""
+        session = Path(self._sessions, "session_latest", "logs")
+        ends = [f"{path.name}: {path.read_text()[-3000:]}" for path in sorted(session.glob("dashboard*.log"))]
+        return "\n".join([self.log.read_text()[-3000:], *ends])
 
     def add_node(self, cpus: int) -> subprocess.Popen[bytes]:
         """Another node of the cluster on this machine; the leader of its process group. It joins when it can."""
         command = [RAY, "start", "--block", f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}"]
-        command += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
+        command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
         with self.log.open("ab") as output:
             return subprocess.Popen(
                 command, env=self._environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -74,17 +82,14 @@ def ray_environment() -> dict[str, str]:
     return {**kept, "RAY_AUTH_MODE": "disabled", "PATH": path}
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _takes_jobs(address: str) -> bool:
+def _refusal(address: str) -> str:
+    """Why the job server takes no job; empty where it does."""
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/api/jobs/", b'{"entrypoint": "true"}', headers)
     try:
-        with urllib.request.urlopen(request, timeout=30):
-            return True
-    except OSError:  # nobody there yet, or "no available agent"
-        return False
+        with urllib.request.urlopen(request, timeout=60):
+            return ""
+    except urllib.error.HTTPError as error:  # "no available agent"
+        return error.read().decode(errors="replace") or str(error)
+    except OSError as error:
+        return str(error)

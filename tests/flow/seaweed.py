@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ports import free_port
 
 # The client must not sign: the server has no accounts, and takes whatever key it is given.
 KEYS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -29,28 +30,13 @@ def weed() -> str:
     return program
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports whose neighbours 10,000 above are free as well: there the server speaks gRPC."""
-    found: list[int] = []
-    candidates = iter(range(15000 + os.getpid() % 5000, 30000))
-    while len(found) < count:
-        port = next(candidates)
-        try:
-            for number in (port, port + 10000):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", number))
-        except OSError:
-            continue
-        found.append(port)
-    return found
-
-
 class S3:
     """The server, its data in `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
+        # 10,000 above each of its ports the server speaks gRPC.
+        self.ports = {name: free_port(10000) for name in ("master", "volume", "filer", "s3")}
         self.url = f"http://127.0.0.1:{self.ports['s3']}"
         self.environment = {**KEYS, "AWS_ENDPOINT_URL": self.url}
         self.process: subprocess.Popen[bytes] | None = None

@@ -31,7 +31,8 @@ from tests.components.serving_steps import measure, train
 from tests.conftest import REPOSITORY
 from tests.flow.conftest import HERE
 from tests.flow.kubernetes_api import KubernetesStandIn
-from tests.flow.ray_head import RayHead, free_port
+from tests.flow.ray_head import RayHead
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 

@@ -19,7 +19,8 @@ from ling_flow.flow.tracking import (
     start_dag_run,
 )
 from tests.conftest import REPOSITORY
-from tests.flow.mlflow_server import Server, free_port
+from tests.flow.mlflow_server import Server
+from tests.ports import free_port
 
 PARENT = {"corpus": {"ref": "/root/prepare_data/abc/corpus", "fingerprint": "abc/corpus"}}
 

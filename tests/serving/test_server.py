@@ -23,6 +23,7 @@ from ling_flow.serving.server import (
     stop_all,
     stop_endpoint,
 )
+from tests.ports import free_port
 from tests.serving.client import serving
 from tests.serving.conftest import ANSWER, QUESTION
 
@@ -31,12 +32,6 @@ from tests.serving.conftest import ANSWER, QUESTION
 def home(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
     stop_all(tmp_path)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ask(url: str) -> str:
