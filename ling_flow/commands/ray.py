@@ -50,13 +50,12 @@ def job(
     from ling_flow.config import merge, parse, parse_overrides, read_yaml
     from ling_flow.flow.cli_face import as_json as outcome_json
     from ling_flow.flow.cli_face import as_table
-    from ling_flow.flow.fields import with_defaults
     from ling_flow.flow.job_settings import JobSettings
     from ling_flow.flow.step import exit_on_sigterm, run_step
 
     chosen = find_component(component)
     tree = merge(read_yaml(config_file) if config_file else {}, parse_overrides(assignments))
-    config = chosen.parse_config(with_defaults(chosen.config_model, tree))
+    config = chosen.parse_config(tree)
     given = _inputs(inputs)
     if address:
         os.environ["RAY_ADDRESS"] = address

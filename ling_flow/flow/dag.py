@@ -74,10 +74,14 @@ class Node:
     config: Any
     inputs: Mapping[str, str | None]  # input name → reference "<root>/<component>/<fingerprint>/<output>"
     fingerprint: str
-    cached: bool
+    manifest: Manifest | None  # of the artifact that it is served from
     reason: str
-    made_by: str  # code version of the artifact, "" where there is none
     needs: tuple[str, ...] = field(default=())  # labels of the nodes it waits for
+
+    @property
+    def cached(self) -> bool:
+        """Whether it is served from its artifact."""
+        return self.manifest is not None
 
     @property
     def state(self) -> str:
@@ -267,15 +271,14 @@ def _resolve(
         identities[name] = f"{producer.fingerprint}/{edge['outputArtifactKey']}"
         inputs[name] = store.ref(producer.component.name, producer.fingerprint, edge["outputArtifactKey"])
         upstream[producer.label] = producer
-        made = store.manifest(producer.component.name, producer.fingerprint) if producer.cached else None
-        if made is not None:
-            contents[name] = content_digest(made, edge["outputArtifactKey"])
+        if producer.manifest is not None:
+            contents[name] = content_digest(producer.manifest, edge["outputArtifactKey"])
     key = fingerprint(component.name, component.version, config, identities)
     own = component.label_of(config)
     label = _free_label(own, key, nodes.values())
-    cached, reason, made_by = _judge(component, config, label, key, upstream, contents, store, rebuild)
+    manifest, reason = _judge(component, config, label, key, upstream, contents, store, rebuild)
     needs = tuple(nodes[name].label for name in nodes if name in spec.get("dependentTasks", ()))
-    return Node(task, label, label != own, component, config, inputs, key, cached, reason, made_by, needs)
+    return Node(task, label, label != own, component, config, inputs, key, manifest, reason, needs)
 
 
 def _free_label(own: str, key: str, nodes: Iterable[Node]) -> str:
@@ -342,20 +345,20 @@ def _judge(
     contents: Mapping[str, str],
     store: ArtifactStore,
     rebuild: frozenset[str],
-) -> tuple[bool, str, str]:
-    """Whether the node is served from its artifact, why (not) in one sentence, and which code made the artifact.
+) -> tuple[Manifest | None, str]:
+    """The manifest of the artifact that the node is served from (None where it runs), and why in one sentence.
 
     Args:
         contents: input name → digest of what it holds, of the inputs that are not made again.
     """
     if label in rebuild:
-        return False, "asked for by --rebuild", ""
+        return None, "asked for by --rebuild"
     manifest = store.manifest(component.name, key)
     if manifest is None:
-        return False, _why_missing(component, label, key, identity_of(config), upstream, store), ""
+        return None, _why_missing(component, label, key, identity_of(config), upstream, store)
     known = {name: parent for name, parent in manifest.inputs.items() if name in contents}
     if changed := changed_input(manifest.model_copy(update={"inputs": known}), contents):
-        return False, changed, ""
+        return None, changed
     store.check_sizes(manifest)
     result = parse(
         component.result_model, manifest.result, f"{store.root}/{component.name}/{key}/manifest.json: result"
@@ -363,18 +366,17 @@ def _judge(
     try:
         stands = component.still_valid is None or component.still_valid(config, result, store.local)
     except SystemFault as error:  # the step will ask again
-        return True, f"done before, but whether its effect still stands is not known: {error}", manifest.code_version
+        return manifest, f"done before, but whether its effect still stands is not known: {error}"
     if not stands:
         return (
-            False,
+            None,
             "its effect is gone: the registered version or the endpoint it made is no longer the one that is asked for",
-            "",
         )
     if redone := [name for name, node in upstream.items() if not node.cached]:
-        return True, f"done before; redone if {', '.join(redone)} gives other content now", manifest.code_version
+        return manifest, f"done before; redone if {', '.join(redone)} gives other content now"
     if manifest.code_version != code_version():
-        return True, f"made by other code, {manifest.code_version}; --rebuild {label} redoes it", manifest.code_version
-    return True, "", manifest.code_version
+        return manifest, f"made by other code, {manifest.code_version}; --rebuild {label} redoes it"
+    return manifest, ""
 
 
 def _why_missing(

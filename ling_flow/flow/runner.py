@@ -36,6 +36,10 @@ class DefectError(LingFlowError):
     """A step failed by a defect of ours; the message carries its traceback."""
 
 
+OPEN_RUN = "mlflow.json"
+"""In the directory of a run: where its run in MLflow is, as long as that is open."""
+
+
 @dataclass(frozen=True)
 class DagRun:
     """A finished run."""
@@ -115,10 +119,14 @@ def run_local(
         "LING_FLOW_RUNNER": runner,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])),
     }
+    if parent:
+        _close_abandoned(context.home, tracking_uri)
     status = "failed"
     watcher = Watcher(directory / "events.jsonl", [node.label for node in plan], console)
     try:
         with _lock(directory), watcher, _environment(environment), _termination_as_interrupt():
+            if parent:
+                (directory / OPEN_RUN).write_text(json.dumps({"tracking_uri": tracking_uri, "run_id": parent}))
             if runner == "docker":
                 _execute_in_containers(dag, arguments, directory, context, tracking_uri, mounts, console)
             else:
@@ -143,7 +151,8 @@ def run_local(
     finally:
         if parent:
             _record_cached(tracking_uri, parent, plan, watcher)
-            finish_dag_run(tracking_uri, parent, status)
+            if finish_dag_run(tracking_uri, parent, status):
+                (directory / OPEN_RUN).unlink(missing_ok=True)
     steps = {
         node.label: watcher.steps[node.label] for node in plan
     }  # of others, such as the store, words may have come
@@ -167,7 +176,7 @@ def _record_cached(tracking_uri: str, parent: str, plan: Sequence[Node], watcher
                 config,
                 inputs,
                 state.result,
-                node.made_by,
+                node.manifest.code_version if node.manifest else "",
             )
 
 
@@ -265,6 +274,21 @@ def _lock(directory: Path) -> Iterator[None]:
     with (directory / "runner.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _close_abandoned(home: Path, tracking_uri: str) -> None:
+    """Close in MLflow the DAG runs of this home that were killed before they could: their locks are free."""
+    from ling_flow.flow.tracking import finish_dag_run
+
+    for note in sorted(home.glob(f"runs/*/{OPEN_RUN}")):
+        try:
+            noted = json.loads(note.read_text())
+            with (note.parent / "runner.lock").open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if noted["tracking_uri"] == tracking_uri and finish_dag_run(tracking_uri, noted["run_id"], "killed"):
+                    note.unlink(missing_ok=True)
+        except (OSError, ValueError, KeyError):  # it runs, is being closed by another run, or is another user's
+            continue
 
 
 def _overrides(arguments: Mapping[str, Any]) -> Mapping[str, Any]:

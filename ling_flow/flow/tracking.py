@@ -260,14 +260,20 @@ def start_dag_run(
         return None
 
 
-def finish_dag_run(tracking_uri: str, run_id: str, status: str) -> None:
-    """Close the run of a DAG run, and as killed those of its steps that never came to close theirs."""
+def finish_dag_run(tracking_uri: str, run_id: str, status: str) -> bool:
+    """Close the run of a DAG run, and as killed those of its steps that never came to close theirs.
+
+    Returns:
+        Whether it is closed; a store that is away is told.
+    """
     try:
         with store.reaching(tracking_uri):
             client = store.connect(tracking_uri)
             _close_tree(client, run_id, status)
+            return True
     except LingFlowError as error:
         events.emit("log", step="tracking", text=f"{error}; the run of this DAG stays open there")
+        return False
 
 
 def finish_kfp_run(tracking_uri: str, kfp_run_id: str, status: str) -> str | None:

@@ -96,7 +96,7 @@ def start_detached(
 
     An endpoint of that name that serves something else, or does not answer, is stopped first and its port used again;
     one that serves the same artifact there stays as it is. Where the new one does not come up, the old one is started
-    again.
+    again; also where a signal ends this process, which then does not wait for it to answer.
 
     Raises:
         UserError: no checkpoint there, or the port is taken.
@@ -111,23 +111,36 @@ def start_detached(
     if port not in (None, old_port):
         _require_free(port, host)  # before anything is stopped
     replaced = old.endpoint if old is not None and old.healthy else None
-    if old is not None:
-        stop_endpoint(model_name, home)
-        if port is None and old_port is not None and port_is_free(old_port, host):
-            port = old_port
     try:
+        if old is not None:
+            stop_endpoint(model_name, home)
+            if port is None and old_port is not None and port_is_free(old_port, host):
+                port = old_port
         with _chosen_port(port, host) as chosen:
-            return Started(_start(model_dir, model_name, fingerprint, home, chosen, host, version), replaced)
+            asked = Endpoint(
+                name=model_name,
+                url=f"http://{host}:{chosen}",
+                pid=0,
+                fingerprint=fingerprint,
+                model_dir=str(model_dir.absolute()),
+                version=version,
+                log="",
+            )
+            return Started(_start(asked, home), replaced)
     except LingFlowError as error:
         if replaced is None:
             raise
         try:
-            _start_again(replaced, home)
+            _start(replaced, home)
         except LingFlowError as second:
             raise type(error)(
                 f"{error}; what {replaced.url} served before did not come up either ({second})"
             ) from error
         raise type(error)(f"{error}; {replaced.url} serves what it did before") from error
+    except BaseException:
+        if replaced is not None:
+            _launch(replaced, home)
+        raise
 
 
 def take_back(started: Started, home: Path) -> None:
@@ -140,12 +153,7 @@ def take_back(started: Started, home: Path) -> None:
         return
     stop_endpoint(started.endpoint.name, home)
     if started.before is not None:
-        _start_again(started.before, home)
-
-
-def _start_again(endpoint: Endpoint, home: Path) -> None:
-    host, port = _address(endpoint)
-    _start(Path(endpoint.model_dir), endpoint.name, endpoint.fingerprint, home, port, host, endpoint.version)
+        _start(started.before, home)
 
 
 def _address(endpoint: Endpoint) -> tuple[str, int]:
@@ -153,28 +161,26 @@ def _address(endpoint: Endpoint) -> tuple[str, int]:
     return host, int(port)
 
 
-def _start(
-    model_dir: Path, model_name: str, fingerprint: str, home: Path, port: int, host: str, version: int | None
-) -> Endpoint:
-    daemon = _daemon(model_name, home)
-    arguments = [str(model_dir.absolute()), model_name, fingerprint, host, str(port)]
-    pid = daemon.start([sys.executable, "-m", "ling_flow.serving", *arguments], os.environ)
-    endpoint = Endpoint(
-        name=model_name,
-        url=f"http://{host}:{port}",
-        pid=pid,
-        fingerprint=fingerprint,
-        model_dir=str(model_dir.absolute()),
-        version=version,
-        log=str(daemon.log),
-    )
-    _write(_record(model_name, home), endpoint)
+def _start(endpoint: Endpoint, home: Path) -> Endpoint:
+    """Start what a record says, wait until it answers, and return its new record; nothing is left of one that fails."""
+    started = _launch(endpoint, home)
     try:
-        daemon.wait_until(lambda: _serves(endpoint), START_SECONDS)
+        _daemon(endpoint.name, home).wait_until(lambda: _serves(started), START_SECONDS)
     except BaseException:
-        stop_endpoint(model_name, home)
+        stop_endpoint(endpoint.name, home)
         raise
-    return endpoint
+    return started
+
+
+def _launch(endpoint: Endpoint, home: Path) -> Endpoint:
+    """The same without the wait."""
+    daemon = _daemon(endpoint.name, home)
+    host, port = _address(endpoint)
+    arguments = [endpoint.model_dir, endpoint.name, endpoint.fingerprint, host, str(port)]
+    pid = daemon.start([sys.executable, "-m", "ling_flow.serving", *arguments], os.environ)
+    started = endpoint.model_copy(update={"pid": pid, "log": str(daemon.log)})
+    _write(_record(endpoint.name, home), started)
+    return started
 
 
 def endpoint_status(name: str, home: Path) -> EndpointStatus | None:

@@ -99,6 +99,21 @@ def test_a_cancelled_run_leaves_nothing_running_and_goes_on_later(home: Path, ca
     assert calls.read_text().split().count("draw") == 2
 
 
+def test_what_a_killed_run_left_open_in_mlflow_is_closed_by_the_next(home: Path, calls: Path) -> None:
+    run = started()
+    while not list(home.glob("artifacts/draw/*.partial/numbers/*.txt")):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.kill()
+    run.communicate()
+    assert ends(run.pid), "a step of the run is left"
+    assert mlflow_states(home)["faulty"] == ["RUNNING"]
+    finished(started())
+    assert sorted(mlflow_states(home)["faulty"]) == ["FINISHED", "KILLED"]
+    assert calls.read_text().split().count("draw") == 2
+    assert list(home.glob("runs/*/mlflow.json")) == []
+
+
 def test_texts_that_name_the_interpreter_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "python3 home"
     monkeypatch.setenv("LING_FLOW_HOME", str(home))

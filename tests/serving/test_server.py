@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,11 +138,30 @@ def test_life_of_an_endpoint(home: Path, checkpoint: Path, tmp_path: Path) -> No
         start_detached(damaged, "micro", "f3", home)
     assert (ask(second.url), server.served_fingerprint(second.url)) == (ANSWER, "f2")
 
+    code = (
+        "from pathlib import Path; from ling_flow.serving.server import start_detached\n"
+        "from ling_flow.flow.step import exit_on_sigterm; exit_on_sigterm()\n"
+        f"start_detached(Path({str(checkpoint)!r}), 'micro', 'f4', Path({str(home)!r}))"
+    )
+    replacing = subprocess.Popen([sys.executable, "-c", code])
+    while (status := endpoint_status("micro", home)) is None or status.endpoint.fingerprint != "f4":
+        assert replacing.poll() is None
+        time.sleep(0.02)
+    replacing.terminate()
+    assert replacing.wait(60) == 128 + signal.SIGTERM
+    until = time.monotonic() + server.START_SECONDS
+    while server.served_fingerprint(second.url) != "f2":
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    status = endpoint_status("micro", home)
+    assert status is not None and status.healthy and status.endpoint.version == 2
+    third = status.endpoint
+
     assert stop_all(home) == ["micro"]
     assert endpoint_status("micro", home) is None
     with pytest.raises(OSError):
         ask(second.url)
-    states = subprocess.run(["ps", "-o", "stat=", "-s", str(second.pid)], capture_output=True, text=True).stdout
+    states = subprocess.run(["ps", "-o", "stat=", "-s", str(third.pid)], capture_output=True, text=True).stdout
     assert [state for state in states.split() if "Z" not in state] == []  # nothing of its session is left
 
 
@@ -150,8 +171,8 @@ def test_where_neither_comes_up_both_reasons_are_told(
     old = Endpoint(name="micro", url="http://127.0.0.1:9", pid=1, fingerprint="f1", model_dir="", version=1, log="")
     monkeypatch.setattr(server, "endpoint_status", lambda *_: EndpointStatus(endpoint=old, running=True, healthy=True))
 
-    def fails(model_dir: Path, model_name: str, fingerprint: str, *_: object) -> Endpoint:
-        raise SystemFault(f"{fingerprint} ended as it started")
+    def fails(endpoint: Endpoint, home: Path) -> Endpoint:
+        raise SystemFault(f"{endpoint.fingerprint} ended as it started")
 
     monkeypatch.setattr(server, "_start", fails)
     with pytest.raises(
