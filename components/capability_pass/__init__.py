@@ -45,7 +45,7 @@ class CapabilityPassResult(StrictModel):
     training_loss: float = Field(description="mean over the last tenth of the steps, nats per token of the assistant's")
 
 
-@component(version=2, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
+@component(version=3, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
 def capability_pass(
     config: CapabilityPassConfig, base: Input[Model], corpus: Input[Dataset], model: Output[Model], step: Step
 ) -> CapabilityPassResult:
@@ -65,7 +65,7 @@ def capability_pass(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = Tokenizer.load(corpus.path / "tokenizer")
-    network = load_pretrained(base.path).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    network = load_pretrained(base.path, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     held_out = problems(config.tasks, config.switch_prompts, config.seed, "held_out")
     questions = both_modes(held_out)
     prompts_of(questions, tokenizer, config.max_new_tokens, network.config.max_position_embeddings)  # before it trains

@@ -99,7 +99,7 @@ def _still_deployed(config: DeployConfig, result: DeployResult, root: Path) -> b
     return (status.endpoint.url, status.endpoint.fingerprint) == (result.url, result.fingerprint)
 
 
-@component(version=1, resources=Resources(cpus=2, memory_gib=4), still_valid=_still_deployed)
+@component(version=2, resources=Resources(cpus=2, memory_gib=4), still_valid=_still_deployed)
 def deploy(config: DeployConfig, registration: Input[Metrics], deployment: Output[Metrics], step: Step) -> DeployResult:
     """Serve the registry's champion, in place of what its endpoint served before, and ask it a held-out question."""
     from components.deploy.places import serve_by_rayservice, serve_here

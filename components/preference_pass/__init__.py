@@ -57,7 +57,7 @@ class PreferencePassResult(StrictModel):
     )
 
 
-@component(version=3, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
+@component(version=4, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
 def preference_pass(
     config: PreferencePassConfig, base: Input[Model], corpus: Input[Dataset], model: Output[Model], step: Step
 ) -> PreferencePassResult:
@@ -77,7 +77,7 @@ def preference_pass(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = Tokenizer.load(corpus.path / "tokenizer")
-    network = load_pretrained(base.path).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    network = load_pretrained(base.path, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     lpo = config.lpo
     total = lpo.rollouts + 2
     held_out = problems(config.tasks, config.held_out_problems, config.seed, "held_out")

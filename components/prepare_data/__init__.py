@@ -112,7 +112,7 @@ def _given_tokenizer(config: PrepareDataConfig) -> Tokenizer | None:
     return tokenizer
 
 
-@component(version=3, resources=Resources(cpus=2, memory_gib=4), resolve=_pinned)
+@component(version=4, resources=Resources(cpus=2, memory_gib=4), resolve=_pinned)
 def prepare_data(
     config: PrepareDataConfig, corpus: Output[Dataset], report: Output[HTML], step: Step
 ) -> PrepareDataResult:

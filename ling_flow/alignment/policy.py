@@ -99,8 +99,9 @@ def response_logprobs(model: BailingMoeV2ForCausalLM, batch: LpoBatch) -> Tensor
 
 
 def _rate_factor(rollout: int, rollouts: int) -> float:
-    """Up over the first tenth of the rollouts, for AdamW's first steps are its noisiest; then down to 0, to settle."""
-    return min(10 * (rollout + 1) / rollouts, 1 - rollout / rollouts)
+    """Up to 1 over the first tenth of the rollouts, for AdamW's first steps are its noisiest; then down, to settle."""
+    rising = -(-rollouts // 10)
+    return min((rollout + 1) / rising, (rollouts - rollout) / (rollouts - rising or 1), 1.0)
 
 
 def _summary(groups: Sequence[Group]) -> dict[str, float]:

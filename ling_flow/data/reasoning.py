@@ -160,17 +160,22 @@ class TaskSpec(StrictModel):
         return self
 
 
-def is_held_out(question: str) -> bool:
-    """Whether a problem is kept for evaluation, by the question alone (SHA-256 mod 10)."""
-    return int.from_bytes(hashlib.sha256(question.encode()).digest()) % HELD_OUT_ONE_IN == 0
+def is_held_out(problem: Problem) -> bool:
+    """Whether a problem is kept for evaluation, by its family and signed numbers alone (SHA-256 mod 10).
+
+    Their order plays no part: `gcd 12, 18` and `gcd 18, 12`, or `2 + 5 - 3` and `5 - 3 + 2`, are on one side.
+    """
+    numbers = sorted(int(sign + digits) for sign, digits in re.findall(r"(-?) ?(\d+)", problem.question))
+    key = f"{problem.task}({', '.join(map(str, numbers))})"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()) % HELD_OUT_ONE_IN == 0
 
 
 def problems(specs: Iterable[TaskSpec], count: int, seed: int, split: Split = "train") -> list[Problem]:
     """`count` problems of the mixture `specs`; the same arguments always give the same list.
 
-    `train` never holds a held-out question and may repeat itself; `held_out` holds only held-out questions, each
-    once. A task whose different held-out questions run out (one-digit sums have about twenty) leaves its place to the
-    others.
+    `train` never holds a held-out problem, in any order of its numbers, and may repeat itself; `held_out` holds only
+    those, each question once. A task whose different held-out questions run out (one-digit sums have about twenty)
+    leaves its place to the others.
 
     Raises:
         UserError: fewer than `count` different held-out problems exist.
@@ -200,10 +205,10 @@ def problem_stream(specs: Iterable[TaskSpec], seed: str, split: Split) -> Iterat
         task = rng.choices(tasks, [open_tasks[key][0] for key in tasks])[0]
         draws = open_tasks[task][1]
         if split == "train":
-            yield next(problem for problem in draws if not is_held_out(problem.question))
+            yield next(problem for problem in draws if not is_held_out(problem))
             continue
         for problem in islice(draws, PATIENCE):
-            if problem.question not in seen and is_held_out(problem.question):
+            if problem.question not in seen and is_held_out(problem):
                 seen.add(problem.question)
                 yield problem
                 break

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from ling_flow.alignment.compare import compare
 from ling_flow.alignment.lpo import collate, lpo_loss
-from ling_flow.alignment.policy import align, response_logprobs
+from ling_flow.alignment.policy import _rate_factor, align, response_logprobs
 from ling_flow.alignment.rewards import Reward, RewardSettings
 from ling_flow.alignment.rollouts import Group, minibatches, sample_groups
 from ling_flow.alignment.settings import LpoSettings
@@ -129,3 +130,11 @@ def test_aligning_a_format_raises_its_reward() -> None:
         network, tokenizer(), easy_problems(192), settings, seed=0, on_rollout=lambda _, n: rewards.append(n["reward"])
     )
     assert sum(rewards[-3:]) > sum(rewards[:3])
+
+
+@pytest.mark.parametrize(("rollouts", "rising"), [(1, 1), (2, 1), (10, 1), (11, 2), (28, 3), (100, 10)])
+def test_the_learning_rate_reaches_its_peak_and_falls(rollouts: int, rising: int) -> None:
+    factors = [_rate_factor(rollout, rollouts) for rollout in range(rollouts)]
+    assert factors[:rising] == [(index + 1) / rising for index in range(rising)]
+    assert all(before > after > 0 for before, after in itertools.pairwise(factors[rising:]))
+    assert max(factors) == 1

@@ -11,6 +11,10 @@ class Seed(StrictModel):
     seed: int = 0
 
 
+class Base(Seed):
+    bfloat16: bool = False
+
+
 class Nothing(StrictModel):
     pass
 
@@ -31,7 +35,7 @@ def micro_corpus(config: Seed, corpus: Output[Dataset]) -> Nothing:
 
 
 @component(version=1, resources=Resources())
-def micro_base(config: Seed, corpus: Input[Dataset], model: Output[Model]) -> Nothing:
+def micro_base(config: Base, corpus: Input[Dataset], model: Output[Model]) -> Nothing:
     """A model that has learnt nothing, and likes to open thinking blocks."""
     import torch
 
@@ -43,6 +47,9 @@ def micro_base(config: Seed, corpus: Input[Dataset], model: Output[Model]) -> No
     with torch.no_grad():
         think = Tokenizer.load(corpus.path / "tokenizer").token_id("<think>")
         network.lm_head.weight[think] = network.lm_head.weight.mean(0) + 0.02
+    if config.bfloat16:
+        network.to(torch.bfloat16)
+        network.config = network.config.model_copy(update={"torch_dtype": "bfloat16"})
     save_pretrained(network, model.path, corpus.path / "tokenizer")
     model.contract.update(corpus.contract, context_length=network.config.max_position_embeddings)
     return Nothing()

@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from components.capability_pass import capability_pass
 from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.errors import UserError
 from ling_flow.model.hf import load_pretrained
-from tests.components.steps import micro_corpus
+from tests.components.steps import micro_base, micro_corpus
 
 CONFIG = {
     "tasks": [{"name": "chain_sum", "difficulties": [1]}],
@@ -33,6 +34,19 @@ def test_learns_the_switch_and_leaves_a_whole_model(base: str, corpus: str, tmp_
     assert again.result == outcome.result
     weights = "model.safetensors"
     assert (again.outputs["model"] / weights).read_bytes() == (made / weights).read_bytes()
+
+
+def test_bfloat16_weights_are_trained_in_float32(corpus: str, tmp_path: Path) -> None:
+    """In bfloat16 most of an optimizer's small steps would round to nothing."""
+    base = micro_base({"bfloat16": True}, root=tmp_path, corpus=corpus)
+    before = load_pretrained(base.outputs["model"])
+    assert before.lm_head.weight.dtype == torch.bfloat16
+    config = {**CONFIG, "steps": 2, "warmup_steps": 0, "learning_rate": 1e-6, "max_new_tokens": 4}
+    made = capability_pass(config, root=tmp_path, base=base.refs["model"], corpus=corpus).outputs["model"]
+    after = load_pretrained(made)
+    assert after.config.torch_dtype == "float32"
+    moved = after.lm_head.weight != before.lm_head.weight
+    assert moved.float().mean() > 0.9
 
 
 def test_answers_that_do_not_fit_are_refused_before_it_trains(base: str, corpus: str, tmp_path: Path) -> None:

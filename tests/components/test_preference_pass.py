@@ -5,6 +5,7 @@ import pytest
 from components.preference_pass import preference_pass
 from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.model.hf import load_pretrained
+from tests.components.steps import micro_base
 
 CONFIG = {
     "tasks": [{"name": "chain_sum", "difficulties": [1]}],
@@ -32,6 +33,12 @@ def test_compares_before_with_after_and_leaves_a_whole_model(base: str, corpus: 
     assert outcome.manifest.outputs["model"].contract["tokenizer"] == Tokenizer.load(made).digest
     again = preference_pass(CONFIG, root=tmp_path / "again", base=base, corpus=corpus)
     assert again.result == result
+
+
+def test_bfloat16_weights_are_trained_in_float32(corpus: str, tmp_path: Path) -> None:
+    base = micro_base({"bfloat16": True}, root=tmp_path, corpus=corpus).refs["model"]
+    made = preference_pass(CONFIG, root=tmp_path, base=base, corpus=corpus).outputs["model"]
+    assert load_pretrained(made).config.torch_dtype == "float32"
 
 
 def test_a_pass_that_learns_nothing_shows_no_gain(base: str, corpus: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ling_flow.config import identity_of
 from ling_flow.data.chat import parse_completion
 from ling_flow.data.documents import check_read, documents, is_rendered, pin
 from ling_flow.data.files import DOCUMENT_CHARACTERS, split_text
-from ling_flow.data.reasoning import TaskSpec, is_held_out
+from ling_flow.data.reasoning import Problem, TaskSpec, is_held_out
 from ling_flow.data.sources import FilesSource, ReasoningSource, Source, StdlibSource
 from ling_flow.errors import SystemFault, UserError
 
@@ -258,7 +258,7 @@ def test_plain_documents_hold_several_true_sums() -> None:
     for line in (line for text in found for line in text.split("\n")):
         expression, answer = line.split(" = ")
         assert eval(expression) == int(answer)
-        assert not is_held_out(f"{expression} = ?")
+        assert not is_held_out(Problem(f"{expression} = ?", [], answer, "chain_sum", 1))
     assert all(text.count("\n") == 2 for text in found)
 
 

@@ -88,16 +88,38 @@ def test_neighbouring_seeds_share_no_stream() -> None:
 
 def test_training_never_holds_a_held_out_question(all_problems: list[Problem]) -> None:
     held_out = problems(EVERY_LEVEL, 200, seed=0, split="held_out")
-    assert all(is_held_out(problem.question) for problem in held_out)
-    assert not any(is_held_out(problem.question) for problem in all_problems)
+    assert all(map(is_held_out, held_out))
+    assert not any(map(is_held_out, all_problems))
     assert len({problem.question for problem in held_out}) == 200
 
 
 def test_held_out_rule_is_one_in_ten_of_the_hash() -> None:
-    questions = [f"{a} + {b} = ?" for a in range(100) for b in range(100)]
-    for question in questions[:200]:
-        assert is_held_out(question) == (int(hashlib.sha256(question.encode()).hexdigest(), 16) % 10 == 0)
-    assert 900 < sum(map(is_held_out, questions)) < 1100
+    def posed(question: str, task: str = "chain_sum") -> Problem:
+        return Problem(question, [], "", task, 1)
+
+    for a in range(200):
+        digest = hashlib.sha256(f"chain_sum(-{a}, 7)".encode() if a else b"chain_sum(0, 7)").hexdigest()
+        assert is_held_out(posed(f"7 - {a} = ?")) == (int(digest, 16) % 10 == 0)
+    sums = [posed(f"{a} + {b} = ?") for a in range(100) for b in range(100)]
+    assert 900 < sum(map(is_held_out, sums)) < 1100
+
+
+@pytest.mark.parametrize(
+    ("task", "questions"),
+    [
+        ("chain_sum", [f"{a} + {a + 5} - 9 = ?|{a + 5} - 9 + {a} = ?" for a in range(10, 60)]),
+        ("gcd", [f"gcd {a}, 12 = ?|gcd 12, {a} = ?" for a in range(13, 63)]),
+        ("number_sorting", [f"sort up {a}, 7, 93 = ?|sort down 7, 93, {a} = ?" for a in range(10, 60)]),
+    ],
+)
+def test_the_order_of_the_numbers_does_not_let_a_held_out_problem_in(task: str, questions: list[str]) -> None:
+    sides = [{is_held_out(Problem(text, [], "", task, 1)) for text in pair.split("|")} for pair in questions]
+    assert all(len(side) == 1 for side in sides) and {True} in sides and {False} in sides
+
+
+def test_easiest_problems_of_each_family_are_held_out_too() -> None:
+    for name in FAMILIES:
+        assert len(problems([TaskSpec(name=name)], 4, seed=0, split="held_out")) == 4
 
 
 def test_a_task_without_new_held_out_questions_leaves_its_place() -> None:
