@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ling_flow.data.chat import encode_prompt
 from ling_flow.data.tokenizer import Tokenizer
@@ -234,6 +235,48 @@ def test_an_answer_that_nobody_waits_for_ends(checkpoint: Path, monkeypatch: pyt
         client.close()
         assert ended.wait(30)
     assert 0 < len(computed) < 1000
+
+
+def told(text: str) -> tuple[str, Any, str]:
+    """Type, field and message of the error that a body tells."""
+    error = json.loads(text)["error"]
+    return error["type"], error["param"], error["message"]
+
+
+def broken(*_: Any, **__: Any) -> Iterator[int]:
+    yield 5
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("reason", ["the model's logits are not finite", "OutOfMemoryError: CUDA out of memory."])
+def test_a_failure_while_tokens_are_computed_is_the_servers(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    model = load_pretrained(checkpoint)
+    if reason.startswith("the"):
+        torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    else:
+        monkeypatch.setattr(chat, "stream", broken)
+    with serving(ChatModel(model, Tokenizer.load(checkpoint))) as url:
+        status, whole = post(url, {"messages": QUESTION})
+        assert (status, *told(whole)[:2]) == (500, "server_error", None)
+        assert reason in told(whole)[2]
+        assert "Traceback" in caplog.text
+        status, text = post(url, {"messages": QUESTION, "stream": True})
+    *_, last, done, end = text.split("\n\n")
+    assert (status, done, end) == (200, "data: [DONE]", "")
+    assert json.loads(last.removeprefix("data: ")) == json.loads(whole)
+
+
+def test_any_other_failure_is_told_as_an_error_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any) -> None:
+        raise RuntimeError("a defect at https://ann:pass@host/")
+
+    monkeypatch.setattr(ChatModel, "start", start)
+    with serving(ChatModel.load(checkpoint)) as url:
+        status, text = post(url, {"messages": QUESTION})
+    message = "the server could not answer: RuntimeError: a defect at https://***@host/"
+    assert (status, *told(text)) == (500, "server_error", None, message)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(url: str, checkpoint: Path) -> None:
