@@ -45,7 +45,7 @@ class CapabilityPassResult(StrictModel):
     training_loss: float = Field(description="mean over the last tenth of the steps, nats per token of the assistant's")
 
 
-@component(version=3, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
+@component(version=4, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
 def capability_pass(
     config: CapabilityPassConfig, base: Input[Model], corpus: Input[Dataset], model: Output[Model], step: Step
 ) -> CapabilityPassResult:

@@ -45,7 +45,7 @@ class EvaluateResult(StrictModel):
     problems: int = Field(description="held-out problems asked")
 
 
-@component(version=2, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
+@component(version=3, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
 def evaluate(
     config: EvaluateConfig,
     model: Input[Model],

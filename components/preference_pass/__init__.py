@@ -57,7 +57,7 @@ class PreferencePassResult(StrictModel):
     )
 
 
-@component(version=4, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
+@component(version=5, resources=Resources(cpus=2, memory_gib=4), runs_on="job")
 def preference_pass(
     config: PreferencePassConfig, base: Input[Model], corpus: Input[Dataset], model: Output[Model], step: Step
 ) -> PreferencePassResult:

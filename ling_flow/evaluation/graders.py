@@ -18,7 +18,8 @@ class Grade:
 
     Attributes:
         correct: ended by itself, and the task's own scorer gives the answer full marks.
-        obeyed: thinking asked for: exactly one well-formed `<think>` block, then an answer; else: no trace of one.
+        obeyed: thinking asked for: exactly one well-formed `<think>` block with a thought in it, then an answer; else:
+            no trace of one.
         well_formed: ended by itself, obeyed, and what stands for the answer is numbers, as all tasks ask.
         answer: the text after the thinking.
     """
@@ -37,7 +38,7 @@ def split_completion(text: str, thinking: bool) -> tuple[bool, str]:
     match = _WITH_THINKING.fullmatch(text)
     if match is None or tags != 2:
         return False, text.rpartition("</think>")[2].strip()
-    return True, match[2].strip()
+    return match[1].strip() != "", match[2].strip()
 
 
 def grade(problem: Problem, text: str, finished: bool, thinking: bool) -> Grade:

@@ -18,6 +18,8 @@ THOUGHT = "\n<think>\n4 + 3 = 7\n</think>\n\n"
         ("\n<think>\na\n</think>\n7", True, False, "7"),  # one newline too few
         ("\n<think>\na\n</think>\n\nb\n</think>\n\n7", True, False, "7"),
         ("7</think>", False, False, "7</think>"),
+        ("\n<think>\n\n</think>\n\n7", True, False, "7"),
+        ("\n<think>\n \n\n</think>\n\n7", True, False, "7"),
     ],
 )
 def test_the_block_must_be_what_the_mode_asks(text: str, thinking: bool, obeyed: bool, answer: str) -> None:
@@ -46,4 +48,9 @@ def test_what_is_no_number_is_not_well_formed(text: str) -> None:
 
 def test_right_answer_in_the_wrong_mode_is_right_but_not_well_formed() -> None:
     found = grade(PROBLEM, "7", finished=True, thinking=True)
+    assert (found.correct, found.obeyed, found.well_formed) == (True, False, False)
+
+
+def test_an_empty_thinking_block_is_no_thinking() -> None:
+    found = grade(PROBLEM, "\n<think>\n\n</think>\n\n7", finished=True, thinking=True)
     assert (found.correct, found.obeyed, found.well_formed) == (True, False, False)
