@@ -67,8 +67,9 @@ def fit_scaling_laws(
     step: Step,
 ) -> FitScalingLawsResult:
     """Fit loss, learning rate and batch against compute, and recommend them for the target."""
-    from ling_flow.scaling.fit import Target, fit_scaling_law
+    from ling_flow.scaling.fit import fit_scaling_law
     from ling_flow.scaling.plots import report_html
+    from ling_flow.scaling.target import Target
 
     sweep = Sweep.load(trials.path)
     flops = training_flops_per_token(config.model, config.sequence_length).non_embedding

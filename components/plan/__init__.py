@@ -14,14 +14,22 @@ from components.deploy import DeployConfig
 from components.evaluate import EvaluateConfig
 from components.fit_scaling_laws import FitScalingLawsConfig
 from components.merge_checkpoints import MergeCheckpointsConfig
+from components.plan.checks import (
+    check_checkpoints,
+    check_context,
+    check_decontamination,
+    check_gates,
+    check_sweep,
+    check_vocabulary,
+)
 from components.plan.mixtures import check_filled, check_mixtures, without_absent_sources
+from components.plan.target import check_target, with_the_target
 from components.preference_pass import PreferencePassConfig
 from components.prepare_data import PrepareDataConfig
 from components.pretrain import PretrainConfig
 from components.register import RegisterConfig
 from components.wind_tunnel import WindTunnelConfig
 from ling_flow.config import StrictModel, canonical_json, identity_of, merge, parse
-from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.errors import UserError
 from ling_flow.flow.component import Resources, component
 
@@ -58,12 +66,11 @@ class PlanConfig(StrictModel):
 
 def resolve_lifecycle(config: PlanConfig) -> LifecycleConfig:
     """The preset with the overrides laid over it, validated whole. Sources in `overrides` replace the preset's, and
-    with them the weights of those that are gone.
+    with them the weights of those that are gone. What the law is fitted for is what the stages train.
 
     Raises:
-        UserError: an unknown preset, or an override that does not fit; the line names phase and field. Mixtures that
-            do not fit the sources; decontamination from problems that evaluate does not ask. A given tokenizer that
-            cannot be read, or models that have fewer token ids than it.
+        UserError: an unknown preset, or an override that does not fit; the line names phase and field. Phases that do
+            not fit each other (`mixtures`, `target`, `checks`). A given tokenizer that cannot be read.
     """
     from components.plan.presets import PRESETS
 
@@ -78,40 +85,20 @@ def resolve_lifecycle(config: PlanConfig) -> LifecycleConfig:
     base = PRESETS[config.preset](config.seed).model_dump(mode="json")
     merged = merge(without_absent_sources(base, overrides), overrides)
     check_filled(merged)
+    merged = with_the_target(merged, overrides)
     resolved = parse(LifecycleConfig, merged, "")
-    check_mixtures(resolved)
-    _check_decontamination(resolved)
-    _check_vocabulary(resolved)
+    for check in (
+        check_mixtures,
+        check_decontamination,
+        check_vocabulary,
+        check_target,
+        check_sweep,
+        check_checkpoints,
+        check_context,
+        check_gates,
+    ):
+        check(resolved)
     return resolved
-
-
-def _check_decontamination(config: LifecycleConfig) -> None:
-    chosen = config.prepare_data.filters.decontamination
-    if chosen is None or not chosen.tasks:
-        return
-    field, asked = "prepare_data.filters.decontamination", config.evaluate
-    if chosen.tasks != asked.tasks:
-        raise UserError(f"{field}.tasks: must be those of evaluate.tasks, or its problems are not looked for")
-    if chosen.seed != asked.seed:
-        raise UserError(f"{field}.seed: must be evaluate.seed ({asked.seed}), got {chosen.seed}")
-    if chosen.problems < asked.problems:
-        raise UserError(
-            f"{field}.problems: must be at least evaluate.problems ({asked.problems}), got {chosen.problems}"
-        )
-
-
-def _check_vocabulary(config: LifecycleConfig) -> None:
-    data = config.prepare_data
-    size, origin = data.vocab_size, "prepare_data.vocab_size"
-    if data.tokenizer is not None:
-        size, origin = Tokenizer.load(data.tokenizer).vocab_size, f"token ids of {data.tokenizer}"
-    small = [
-        f"{phase}.model.vocab_size"
-        for phase in LifecycleConfig.model_fields
-        if (model := getattr(getattr(config, phase), "model", None)) is not None and model.vocab_size < size
-    ]
-    if small:
-        raise UserError(f"{', '.join(small)}: must be at least {size} ({origin})")
 
 
 def _resolved(config: PlanConfig) -> PlanConfig:

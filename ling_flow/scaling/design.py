@@ -26,6 +26,8 @@ from ling_flow.training.settings import OptimizerSettings
 TRIALS_FILE = "trials.json"
 TRIALS_FOLDER = "trials"
 WIDTH_MULTIPLE = 8  # feed-forward widths are rounded to this
+SCALED_FIELDS = ("hidden_size", "num_attention_heads", "intermediate_size", "moe_intermediate_size")
+"""What differs between the models of one family, besides the MTP layer."""
 
 
 class Rung(StrictModel):
@@ -49,7 +51,7 @@ class SweepDesign(StrictModel):
     )
     sequence_length: int = Field(gt=0, description="Tokens per sequence; divides every batch")
     read_at: tuple[float, ...] = Field(
-        (0.25, 0.5, 1.0), description="Fractions of the budget at which the loss is read; the last is 1"
+        (0.25, 0.5, 1.0), min_length=1, description="Fractions of the budget at which the loss is read; the last is 1"
     )
     warmup_tokens: int = Field(ge=0, description="Tokens of linear warm-up, the same for every trial")
     validation_tokens: int = Field(gt=0, description="Validation tokens of one reading, per source")

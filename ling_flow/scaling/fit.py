@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,22 +36,11 @@ from ling_flow.scaling.surface import (
     Readings,
     Surface,
 )
+from ling_flow.scaling.target import Target, extrapolation_factor, multiple_inside
 
 CONFIDENCE = 0.9
 MINIMUM_TRIALS = 6
 WORSE_DESCRIPTION = 1.5
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the recommendation is for."""
-
-    model_flops_per_token: float  # M, training FLOPs per non-embedding token
-    tokens: int  # D
-
-    @property
-    def compute_flops(self) -> float:
-        return self.model_flops_per_token * self.tokens
 
 
 def usable_readings(trials: Sequence[TrialResult], near_optimal: float) -> Readings:
@@ -196,13 +185,7 @@ def fit_scaling_law(
     """
     readings = usable_readings(trials, near_optimal)
     largest = float(np.exp(readings.log_compute_N.max()))
-    factor = target.compute_flops / largest
-    if factor > allow_extrapolation_factor:
-        raise UserError(
-            f"allow_extrapolation_factor: the target's {target.compute_flops:.3g} FLOPs are {factor:.1f} times "
-            f"the largest trial's {largest:.3g}, more than {allow_extrapolation_factor:g}; "
-            "run larger trials, lower the target, or raise the limit"
-        )
+    factor = extrapolation_factor(target, largest, allow_extrapolation_factor)
     form, held_out, reason = _choose_form(readings, huber_delta)
     surface = Surface.around(form, readings)
     theta_P, noise = fit_surface(surface, readings, huber_delta)
@@ -232,7 +215,7 @@ def fit_scaling_law(
         for name, chosen, law in (("learning_rate", chosen_lr, learning_rate), ("batch_tokens", chosen_batch, batch))
         if not math.isclose(chosen, law.at(compute), rel_tol=1e-9)
     ]
-    batch_tokens = _multiple_inside(chosen_batch, batch_multiple_tokens, batch_range)
+    batch_tokens = multiple_inside(chosen_batch, batch_multiple_tokens, batch_range)
     at_target = _at(target, chosen_lr, batch_tokens)
 
     def predicted_loss(parameters_P: Array) -> float:
@@ -304,15 +287,3 @@ def _at(target: Target, learning_rate: float, batch_tokens: int) -> Readings:
     values = (target.model_flops_per_token, target.tokens, learning_rate, batch_tokens)
     flops, tokens, lr, batch = (np.array([math.log(value)]) for value in values)
     return Readings(flops, tokens, lr, batch, np.zeros(1), trial_N=np.zeros(1, dtype=np.int64), cell_N=np.full(1, -1))
-
-
-def _multiple_inside(batch: float, multiple: int, explored: Interval) -> int:
-    """The multiple nearest to `batch` that the sweep has explored."""
-    slack = 1e-9  # `explored` went through a logarithm
-    lowest, highest = math.ceil(explored.low / multiple - slack), math.floor(explored.high / multiple + slack)
-    if lowest > highest:
-        raise UserError(
-            f"batch_multiple_tokens: no multiple of {multiple} lies between {explored.low:.0f} and "
-            f"{explored.high:.0f} tokens, the batches of the sweep; choose a smaller one"
-        )
-    return min(max(round(batch / multiple), lowest), highest) * multiple

@@ -211,9 +211,9 @@ def _checkpoints(result: dict[str, Any]) -> str:
 def test_a_step_that_fails_tells_its_own_error(
     done: dict[str, Any], environment: dict[str, str], run_arguments: list[str]
 ) -> None:
-    failed = run_module(environment, *run_arguments, "--set", "merge_checkpoints.last_k=5", timeout=900)
+    failed = run_module(environment, *run_arguments, "--set", "capability_pass.examples_per_batch=999", timeout=900)
     assert failed.code == 2
-    assert "error: merge_checkpoints.last_k: 5 asked for, but" in failed.err
+    assert "error: examples_per_batch: 999 asked, but only" in failed.err
     assert "Traceback" not in failed.err
     assert containers() == ""
 

@@ -1,7 +1,8 @@
 import pytest
 
-from ling_flow.scaling.fit import Target, fit_scaling_law
+from ling_flow.scaling.fit import fit_scaling_law
 from ling_flow.scaling.law import LING_2_LAW, HyperParameterLaw, PowerLaw
+from ling_flow.scaling.target import Target
 from tests.scaling.synthetic import sweep
 
 TINY_LAW = HyperParameterLaw(

@@ -84,7 +84,12 @@ def test_impossible_designs_are_refused_by_field():
         plan(rungs=(Rung(hidden_size=32, compute_flops=1e9),), warmup_tokens=0)
     with pytest.raises(UserError, match=r"warmup_tokens: 10,000,000 are \d+ steps of .*rung 0 is read after"):
         plan(warmup_tokens=10_000_000)
-    for changes in ({"learning_rates": (4e-3, 2e-3)}, {"read_at": (0.5,)}, {"batch_tokens": (500, 1000)}):
+    for changes in (
+        {"learning_rates": (4e-3, 2e-3)},
+        {"read_at": (0.5,)},
+        {"read_at": ()},
+        {"batch_tokens": (500, 1000)},
+    ):
         with pytest.raises(ValidationError, match=next(iter(changes))):
             design(**changes)
 

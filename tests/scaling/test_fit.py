@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from ling_flow.errors import UserError
-from ling_flow.scaling.fit import Target, fit_scaling_law, objective, usable_readings
+from ling_flow.scaling.fit import fit_scaling_law, objective, usable_readings
 from ling_flow.scaling.law import LING_2_LAW, HyperParameterLaw, PowerLaw
 from ling_flow.scaling.plots import report_html
 from ling_flow.scaling.surface import FORMS, Surface
+from ling_flow.scaling.target import Target
 from tests.scaling.conftest import TINY_LAW
 from tests.scaling.synthetic import sweep
 
