@@ -108,10 +108,12 @@ def dequantize_columns(x_NR: Quantized, row_map: RowMap) -> Tensor:
 
 
 def dequantize_blocks(w_EMN: Quantized) -> Tensor:
-    """float32 (E, M, N)."""
-    _, rows, columns = w_EMN.values.shape
-    scales = w_EMN.scales.repeat_interleave(TILE, 1)[:, :rows].repeat_interleave(TILE, 2)[:, :, :columns]
-    return w_EMN.values.float() * scales
+    """float32 (E, M, N), in no more memory than that."""
+    wide_EMN = w_EMN.values.float()
+    scales_EXN = w_EMN.scales.repeat_interleave(TILE, 2)[:, :, : wide_EMN.shape[2]]
+    for tile, scales_EN in enumerate(scales_EXN.unbind(1)):
+        wide_EMN[:, tile * TILE : (tile + 1) * TILE] *= scales_EN.unsqueeze(1)
+    return wide_EMN
 
 
 # Dispatch

@@ -13,7 +13,7 @@ Shapes: T tokens, D hidden, E experts, K chosen, F expert width, R rows of a `Ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,7 +40,10 @@ from ling_flow.kernels.swiglu_quantise import (
 from ling_flow.kernels.unpermute import gather_rows, sum_rows
 
 Watch = Callable[[str, Tensor, Tensor], None]
-"""Told of an operation: its name, the result in high precision, and the one in FP8. Both float32."""
+"""Told of an operation: its name, the result in high precision, and the one in FP8. Both float32.
+
+Of routed experts, weights and products are told expert by expert.
+"""
 
 
 class FP8Weight:
@@ -140,21 +143,29 @@ class _FP8Experts(torch.autograd.Function):
         y_RD = grouped_forward_fp8(h_q, quantized[1], where)
         ctx.where, ctx.quantized, ctx.watches = where, quantized, watches
         ctx.dtypes = gate_up_E2FD.dtype, down_EDF.dtype
-        ctx.save_for_backward(x_TD, z_R2F, weights_TK)
-        for watch, weight, stored in zip(watches, (gate_up_E2FD, down_EDF), quantized, strict=True):
-            if watch is not None:
-                watch("weight", weight.float(), dequantize_blocks(stored))
-        real = where.pair_R >= 0
-        if watches[0] is not None:
-            watches[0]("input", x_TD.float(), dequantize_rows(x_q))
-        if watches[1] is not None:
-            h_RF = swiglu_weighted_forward(z_R2F, weights_TK, where)
-            watches[1]("input", h_RF.float()[real], dequantize_rows(h_q)[real])
+        # As in a linear layer, a watched weight is needed for the comparison.
+        watched = (
+            None if watch is None else weight for watch, weight in zip(watches, (gate_up_E2FD, down_EDF), strict=True)
+        )
+        ctx.save_for_backward(x_TD, z_R2F, weights_TK, *watched)
+        watch_gate_up, watch_down = watches
+        if watch_gate_up is not None:
+            _watch_weights(watch_gate_up, gate_up_E2FD, quantized[0])
+            watch_gate_up("input", x_TD.float(), dequantize_rows(x_q))
+            for expert, rows in _all_experts(where):
+                exact = x_TD[where.tokens(rows)].float() @ gate_up_E2FD[expert].float().T
+                watch_gate_up("forward", exact, z_R2F[rows].float())
+        if watch_down is not None:
+            _watch_weights(watch_down, down_EDF, quantized[1])
+            h_RF, real = swiglu_weighted_forward(z_R2F, weights_TK, where), where.pair_R >= 0
+            watch_down("input", h_RF[real].float(), dequantize_rows(h_q)[real])
+            for expert, rows in _all_experts(where):
+                watch_down("forward", h_RF[rows].float() @ down_EDF[expert].float().T, y_RD[rows].float())
         return sum_rows(y_RD, where)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None, None]:
-        x_TD, z_R2F, weights_TK = ctx.saved_tensors
+        x_TD, z_R2F, weights_TK, gate_up_E2FD, down_EDF = ctx.saved_tensors
         where, (gate_up, down) = ctx.where, ctx.quantized
         grad_q = quantize_rows(grad_TD)
         grad_h_RF = grouped_dgrad_fp8(grad_q, down, where, gather=True)
@@ -165,20 +176,41 @@ class _FP8Experts(torch.autograd.Function):
         assert grad_weights_TK is not None
         x_columns = quantize_columns(x_TD, where, gather=True)
         grad_gate_up_E2FD = grouped_wgrad_fp8(dz_columns, x_columns, where, ctx.dtypes[0])
-        grad_x_TD = sum_rows(grouped_dgrad_fp8(dz_rows, gate_up, where), where)
-        real = where.pair_R >= 0
+        grad_x_RD = grouped_dgrad_fp8(dz_rows, gate_up, where)
         watch_gate_up, watch_down = ctx.watches
+        if watch_down is not None:
+            h_RF, real = swiglu_weighted_forward(z_R2F, weights_TK, where), where.pair_R >= 0
+            watch_down("gradient", grad_TD.float(), dequantize_rows(grad_q))
+            exact = gather_rows(grad_TD, where)[real].float()
+            watch_down("gradient by columns", exact, dequantize_columns(grad_columns, where)[real])
+            watch_down("input by columns", h_RF[real].float(), dequantize_columns(h_columns, where)[real])
+            for expert, rows in _all_experts(where):
+                grad_ND, h_NF = grad_TD[where.tokens(rows)].float(), h_RF[rows].float()
+                watch_down("dgrad", grad_ND @ down_EDF[expert].float(), grad_h_RF[rows].float())
+                watch_down("wgrad", grad_ND.T @ h_NF, grad_down_EDF[expert].float())
         if watch_gate_up is not None:
             dz_R2F, _ = swiglu_weighted_backward(z_R2F, grad_h_RF, weights_TK, where)
+            real = where.pair_R >= 0
             exact = dz_R2F[real].float()
             watch_gate_up("gradient", exact, dequantize_rows(dz_rows)[real])
             watch_gate_up("gradient by columns", exact, dequantize_columns(dz_columns, where)[real])
             x_RD = gather_rows(x_TD, where)[real].float()
             watch_gate_up("input by columns", x_RD, dequantize_columns(x_columns, where)[real])
-        if watch_down is not None:
-            watch_down("gradient", grad_TD.float(), dequantize_rows(grad_q))
-            exact = gather_rows(grad_TD, where)[real].float()
-            watch_down("gradient by columns", exact, dequantize_columns(grad_columns, where)[real])
-            h_RF = swiglu_weighted_forward(z_R2F, weights_TK, where)[real].float()
-            watch_down("input by columns", h_RF, dequantize_columns(h_columns, where)[real])
+            for expert, rows in _all_experts(where):
+                dz_N2F, x_ND = dz_R2F[rows].float(), x_TD[where.tokens(rows)].float()
+                watch_gate_up("dgrad", dz_N2F @ gate_up_E2FD[expert].float(), grad_x_RD[rows].float())
+                watch_gate_up("wgrad", dz_N2F.T @ x_ND, grad_gate_up_E2FD[expert].float())
+        grad_x_TD = sum_rows(grad_x_RD, where)
         return grad_x_TD, grad_weights_TK.to(weights_TK.dtype), grad_gate_up_E2FD, grad_down_EDF, None, None, None
+
+
+def _all_experts(where: RowMap) -> Iterator[tuple[int, slice]]:
+    """Each expert and its rows; of one without rows the gradient of the weights is to be zero."""
+    spans = zip(where.starts_E.tolist(), where.counts_E.tolist(), strict=True)
+    return ((expert, slice(start, start + count)) for expert, (start, count) in enumerate(spans))
+
+
+def _watch_weights(watch: Watch, weight_EAB: Tensor, quantized: Quantized) -> None:
+    for expert, weight_AB in enumerate(weight_EAB):
+        one = Quantized(*(part[expert : expert + 1] for part in quantized))
+        watch("weight", weight_AB.float(), dequantize_blocks(one)[0])

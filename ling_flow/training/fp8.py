@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from ling_flow.training.settings import FP8Settings, Precision
 
 _KEPT_HIGH = ("lm_head", "eh_proj")
 _LEAF = "by columns"  # operands of weight gradients: their error does not pass on (Ling 2.0 §5.1)
+NORM_WARNING = 0.1  # how far from 1 the factor between the norms may be; rounding to FP8 makes less than 0.01
+SLICE = 2**24  # elements that are compared at a time
 
 
 class OperationError(NamedTuple):
@@ -33,14 +36,18 @@ class OperationError(NamedTuple):
         operation: `input`, `weight`, `gradient` (as quantised, by rows or columns), `forward`, `dgrad`, `wgrad` (a
             product against the same in float32).
         underflow: share of the elements that became 0.
-        cosine: of the angle between the two; 1 is no distortion.
+        cosine: of the angle between the two; 1 is no distortion, or no values to compare.
+        norm: Euclidean norm in FP8 over that in high precision, which the cosine does not see; 1 likewise.
         finite: both hold finite values only.
+
+    Of an operation that is told in parts (experts, parts of a batch), each is the worst of them.
     """
 
     layer: str
     operation: str
     underflow: float
     cosine: float
+    norm: float
     finite: bool
 
 
@@ -108,12 +115,22 @@ class Safeguard:
 
     @torch.no_grad()
     def _record(self, layer: str, operation: str, exact: Tensor, found: Tensor) -> None:
-        underflow = ((found == 0) & (exact != 0)).float().mean() if exact.numel() else torch.zeros(())
-        norms = exact.double().norm() * found.double().norm()
-        cosine = (exact.double() * found.double()).sum() / norms if norms > 0 else torch.ones(())
-        finite = bool(exact.isfinite().all() and found.isfinite().all())
+        sums = torch.zeros(4, dtype=torch.float64, device=exact.device)
+        for mine, theirs in zip(found.flatten().split(SLICE), exact.flatten().split(SLICE), strict=True):
+            lost = ((mine == 0) & (theirs != 0)).sum()
+            mine, theirs = mine.double(), theirs.double()
+            sums += torch.stack([mine @ mine, theirs @ theirs, mine @ theirs, lost])
+        mine_2, theirs_2, product, lost_count = sums.tolist()
+        cosine = norm = 1.0
+        finite = math.isfinite(mine_2) and math.isfinite(theirs_2)  # no square of a float32 overflows in float64
+        if finite and mine_2 and theirs_2:
+            cosine, norm = product / math.sqrt(mine_2 * theirs_2), math.sqrt(mine_2 / theirs_2)
+        elif finite and (mine_2 or theirs_2):
+            norm = math.inf if mine_2 else 0.0
+        error = OperationError(layer, operation, lost_count / max(exact.numel(), 1), cosine, norm, finite)
         # In the order in which operations first ran; recomputing a layer runs its forward pass twice.
-        self._found[layer, operation] = OperationError(layer, operation, float(underflow), float(cosine), finite)
+        before = self._found.get((layer, operation))
+        self._found[layer, operation] = error if before is None else _worse(before, error)
 
     @property
     def found(self) -> list[OperationError]:
@@ -121,13 +138,15 @@ class Safeguard:
         return list(self._found.values())
 
     def metrics(self) -> dict[str, float]:
-        """The worst over the layers, per operation: `fp8/underflow/…` and `fp8/cosine/…`."""
-        worst: dict[str, float] = {}
+        """The worst over the layers, per operation: `fp8/underflow/…`, `fp8/cosine/…` and `fp8/norm/…`."""
+        worst: dict[str, OperationError] = {}
         for error in self._found.values():
-            key = error.operation.replace(" ", "_")
-            worst[f"fp8/underflow/{key}"] = max(error.underflow, worst.get(f"fp8/underflow/{key}", 0.0))
-            worst[f"fp8/cosine/{key}"] = min(error.cosine, worst.get(f"fp8/cosine/{key}", 1.0))
-        return worst
+            worst[error.operation] = _worse(worst.get(error.operation, error), error)
+        return {
+            f"fp8/{kind}/{operation.replace(' ', '_')}": getattr(error, kind)
+            for operation, error in worst.items()
+            for kind in ("underflow", "cosine", "norm")
+        }
 
     def warnings(self) -> list[str]:
         """A line per operation beyond the thresholds; the operands of weight gradients are only logged."""
@@ -136,10 +155,24 @@ class Safeguard:
             where = f"fp8: {error.layer}, {error.operation}"
             if not error.finite:
                 lines.append(f"{where}: not finite")
-            elif _LEAF in error.operation or error.operation == "wgrad":
+            elif _LEAF in error.operation:
                 continue
             elif error.cosine < self.settings.cosine_warning:
                 lines.append(f"{where}: cosine to high precision {error.cosine:.4f}")
+            elif abs(error.norm - 1) > NORM_WARNING:
+                lines.append(f"{where}: {error.norm:.2g} times as large as in high precision")
             elif error.underflow > self.settings.underflow_warning and error.operation in ("input", "gradient"):
                 lines.append(f"{where}: {error.underflow:.1%} of the elements became 0")
         return lines
+
+
+def _worse(one: OperationError, other: OperationError) -> OperationError:
+    """The worst of both in each respect, under the name of the first."""
+    return OperationError(
+        one.layer,
+        one.operation,
+        max(one.underflow, other.underflow),
+        min(one.cosine, other.cosine),
+        max(one.norm, other.norm, key=lambda norm: abs(norm - 1)),
+        one.finite and other.finite,
+    )

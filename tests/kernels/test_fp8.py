@@ -95,6 +95,10 @@ def test_blocks_and_their_transpose(shape: tuple[int, int, int], device: torch.d
     turned = fp8.transpose_blocks_triton(found)
     same(turned, fp8.transpose_blocks_reference(expected))
     same(turned, fp8.quantize_blocks_reference(w_EMN.mT.contiguous()))  # blocks are square: nothing is rounded again
+    wide_EMN = fp8.dequantize_blocks(expected)
+    for matrix, row, column in ((0, 0, 0), (-1, -1, -1), (0, shape[1] // 2, shape[2] // 2)):
+        scale = expected.scales[matrix, row % shape[1] // 128, column % shape[2] // 128]
+        assert wide_EMN[matrix, row, column] == expected.values[matrix, row, column].float() * scale
 
 
 def test_the_definition_is_a_loop_over_tiles() -> None:

@@ -106,6 +106,39 @@ def test_a_watch_hears_of_every_operation() -> None:
     assert torch.equal(heard["forward"][1], y.detach().float())
 
 
+@pytest.mark.parametrize("shape", [SMALL[2], SMALL[5]], ids=lambda shape: shape.name)
+def test_a_watch_hears_of_every_product_of_every_expert(shape: MoEShape) -> None:
+    routing = route(shape)
+    x = normal((shape.tokens, shape.hidden), torch.bfloat16).requires_grad_()
+    gate_up = (normal((shape.experts, 2 * shape.width, shape.hidden), torch.float32, seed=1) * 0.1).requires_grad_()
+    down = (normal((shape.experts, shape.hidden, shape.width), torch.float32, seed=2) * 0.1).requires_grad_()
+    heard: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+
+    def watched(layer: str) -> FP8Weight:
+        kept = FP8Weight()
+        kept.watch = lambda name, exact, found: heard.setdefault((layer, name), []).append((exact, found))
+        return kept
+
+    y = fp8_routed_experts(
+        x, routing.indices_TK, routing.weights_TK, routing.counts_E, gate_up, down, watched("gate_up"), watched("down")
+    )
+    y.backward(normal((shape.tokens, shape.hidden), torch.bfloat16, seed=3))
+    once = {"input", "input by columns", "gradient", "gradient by columns"}
+    each = {"weight", "forward", "dgrad", "wgrad"}
+    assert set(heard) == {(layer, name) for layer in ("gate_up", "down") for name in once | each}
+    counts = routing.counts_E.tolist()
+    for (layer, name), parts in heard.items():
+        assert len(parts) == (shape.experts if name in each else 1)
+        for exact, found in parts:
+            close(found, exact, 0.08)
+        if name in ("forward", "dgrad"):
+            assert [len(found) for _, found in parts] == counts, layer
+        if name == "wgrad":
+            gradient = (gate_up if layer == "gate_up" else down).grad
+            assert gradient is not None
+            assert torch.equal(torch.stack([found for _, found in parts]), gradient)
+
+
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would run: every operation of the layers by its Triton kernels."""
     replaced = {
