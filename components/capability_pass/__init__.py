@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from components.contracts import check_same_tokenizer
 from components.problems import TASKS
@@ -31,6 +33,12 @@ class CapabilityPassConfig(StrictModel):
         description="CPU threads; null: one per core",
         gt=0,
     )
+
+    @model_validator(mode="after")
+    def _the_peak_is_reached(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps must be less than steps ({self.steps}), got {self.warmup_steps}")
+        return self
 
 
 class CapabilityPassResult(StrictModel):

@@ -9,6 +9,7 @@ from components.problems import TASKS
 from ling_flow.config import StrictModel, context_field
 from ling_flow.data.reasoning import TaskSpec
 from ling_flow.flow.component import HTML, Dataset, Input, Metrics, Model, Output, Resources, Step, component
+from ling_flow.flow.identity import fingerprint
 
 
 class EvaluateConfig(StrictModel):
@@ -85,6 +86,8 @@ def evaluate(
     losses = validation_loss(network, opened, config.validation_sequence_length, config.validation_tokens)
     evaluation = evaluation_of(answers, fmean(losses.values()), losses)
     (metrics.path / "evaluation.json").write_text(evaluation.model_dump_json(indent=2) + "\n")
+    # Figures of two models are compared where method and corpus were the same.
+    metrics.contract["asked"] = fingerprint("evaluate", evaluate.version, config, {"corpus": corpus.fingerprint})
     (report.path / "index.html").write_text(html_page(evaluation, f"Evaluation of {model.fingerprint}"))
     step.metrics(evaluation.metrics(), step=0)
     step.progress(total, total, "validation loss")

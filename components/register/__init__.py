@@ -7,7 +7,9 @@ from pathlib import Path
 from pydantic import Field
 
 from ling_flow.config import StrictModel, parse
+from ling_flow.errors import UserError
 from ling_flow.evaluation.gate import Gate, GateVerdict
+from ling_flow.flow.artifact import ArtifactStore, Ref
 from ling_flow.flow.component import Input, Metrics, Model, Output, Resources, Step, component
 
 DEFAULT_GATES = (
@@ -62,7 +64,24 @@ def _still_registered(config: RegisterConfig, result: RegisterResult, root: Path
     )
 
 
-@component(version=1, resources=Resources(cpus=1, memory_gib=1), still_valid=_still_registered)
+def _check_measured_on(model: Input[Model], metrics: Input[Metrics], cache: Path) -> None:
+    """An evaluation of one's own may take the model under another name; then nothing is known.
+
+    Raises:
+        UserError: the metrics were measured on another model.
+    """
+    of, made = Ref.parse(metrics.ref), Ref.parse(model.ref)
+    manifest = ArtifactStore(of.root, cache).manifest(of.component, of.fingerprint)
+    inputs = manifest.inputs if manifest else {}
+    measured = {parent.fingerprint for parent in inputs.values()}
+    if "model" in inputs and f"{made.fingerprint}/{made.output}" not in measured:
+        raise UserError(
+            f"metrics: {metrics.ref} was measured on {inputs['model'].ref}, not on {model.ref}; evaluate the model "
+            "that is to be registered"
+        )
+
+
+@component(version=2, resources=Resources(cpus=1, memory_gib=1), still_valid=_still_registered)
 def register(
     config: RegisterConfig, model: Input[Model], metrics: Input[Metrics], registration: Output[Metrics], step: Step
 ) -> RegisterResult:
@@ -73,11 +92,21 @@ def register(
     from ling_flow.flow.promotion import Registry
 
     evaluation = parse(Evaluation, metrics.read_json("evaluation.json"), f"{metrics.ref}/evaluation.json").metrics()
-    registry = Registry.of(Context.from_environment())
+    context = Context.from_environment()
+    _check_measured_on(model, metrics, context.home / "cache")
+    registry = Registry.of(context)
     judge(config.gates, evaluation)  # a gate on a metric that is not there: nothing shall be registered
 
     architecture = model.read_json("config.json")
-    version = registry.register(config.model_name, model.ref, model.fingerprint, evaluation, architecture, config.gates)
+    version = registry.register(
+        config.model_name,
+        model.ref,
+        model.fingerprint,
+        evaluation,
+        architecture,
+        config.gates,
+        asked=str(metrics.contract.get("asked", "")),
+    )
     decision = registry.promote(version, config.gates)
     champion = registry.by_alias(config.model_name, "champion")
     for sentence in decision.sentences:

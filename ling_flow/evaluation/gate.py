@@ -43,7 +43,10 @@ class GateVerdict(StrictModel):
 
 
 def judge(
-    gates: Sequence[Gate], metrics: Mapping[str, float], champion: Mapping[str, float] | None = None
+    gates: Sequence[Gate],
+    metrics: Mapping[str, float],
+    champion: Mapping[str, float] | None = None,
+    incomparable: str = "",
 ) -> list[GateVerdict]:
     """One verdict for each gate.
 
@@ -51,14 +54,17 @@ def judge(
         gates: what is asked.
         metrics: the candidate's metrics by name.
         champion: the champion's metrics, or None where nothing has been promoted yet: then `min_change` is not asked.
+        incomparable: why the champion's metrics say nothing about the candidate's; "" where they do.
 
     Raises:
         UserError: a gate names a metric that the evaluation does not report.
     """
-    return [_judge(index, gate, metrics, champion) for index, gate in enumerate(gates)]
+    return [_judge(index, gate, metrics, champion, incomparable) for index, gate in enumerate(gates)]
 
 
-def _judge(index: int, gate: Gate, metrics: Mapping[str, float], champion: Mapping[str, float] | None) -> GateVerdict:
+def _judge(
+    index: int, gate: Gate, metrics: Mapping[str, float], champion: Mapping[str, float] | None, incomparable: str
+) -> GateVerdict:
     if gate.metric not in metrics:
         raise UserError(f"gates.{index}.metric: no metric '{gate.metric}'; the evaluation reports {', '.join(metrics)}")
     value = metrics[gate.metric]
@@ -68,13 +74,19 @@ def _judge(index: int, gate: Gate, metrics: Mapping[str, float], champion: Mappi
 
     passed = _COMPARE[gate.comparison](value, gate.threshold)
     reason = f"{gate.metric} is {value:.4g}, asked {gate.comparison} {gate.threshold:.4g}"
-    # A champion of an older evaluation may lack the metric; there is nothing to compare with then.
-    best = champion.get(gate.metric) if champion is not None else None
-    if gate.min_change is None or best is None or not math.isfinite(best):
-        best = None
-    else:
-        change = value - best if gate.comparison in (">=", ">") else best - value
-        passed = passed and change >= gate.min_change - ROUNDING
-        reason += f"; {change:+.4g} better than the champion's {best:.4g}, asked at least {gate.min_change:+.4g}"
+    best = None
+    if gate.min_change is not None and champion is not None:
+        best = champion.get(gate.metric)
+        if best is None:  # of an older evaluation
+            incomparable = incomparable or f"its evaluation reports no {gate.metric}"
+        elif not math.isfinite(best):
+            incomparable = incomparable or f"its {gate.metric} is {best}, not a finite number"
+        if best is None or incomparable:
+            best = None
+            reason += f"; not compared with the champion: {incomparable}"
+        else:
+            change = value - best if gate.comparison in (">=", ">") else best - value
+            passed = passed and change >= gate.min_change - ROUNDING
+            reason += f"; {change:+.4g} better than the champion's {best:.4g}, asked at least {gate.min_change:+.4g}"
     sentence = f"{'passed' if passed else 'failed'}: {reason}"
     return GateVerdict(gate=gate, passed=passed, value=value, champion=best, sentence=sentence)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _METRICS_TAG = "ling_flow.metrics"
+_ASKED_TAG = "ling_flow.asked"
 _GATE_TAG = "ling_flow.gate."
 _GATES_TAG = "ling_flow.gates"
 _GATES = TypeAdapter(tuple[Gate, ...])
@@ -46,6 +47,7 @@ class Version(StrictModel):
     artifact: str = Field(description="reference of the artifact's output that holds the checkpoint")
     code_version: str = Field(description="version of the code that registered it")
     metrics: dict[str, float] = Field(description="what its evaluation measured")
+    asked: str = Field(default="", description="digest of what its evaluation asked; empty where that is not known")
     gates: tuple[Gate, ...] = Field(default=(), description="what it takes to become champion")
 
     @property
@@ -91,6 +93,7 @@ class Registry:
         metrics: Mapping[str, float],
         params: Mapping[str, Any],
         gates: Sequence[Gate] = (),
+        asked: str = "",
     ) -> Version:
         """Make a version of `name` for an artifact, or find the one it has; the version becomes `candidate`.
 
@@ -99,6 +102,7 @@ class Registry:
             metrics: what the evaluation measured; the newest evaluation counts.
             params: what people look for in a model (architecture), shown beside it.
             gates: what it takes to become champion; the newest gates count.
+            asked: digest of what the evaluation asked: versions are compared where it is the same, or not known.
         """
         with self._reached() as client:
             number = self._find(client, name, fingerprint)
@@ -106,6 +110,7 @@ class Registry:
                 number = self._create(client, name, artifact, fingerprint, params)
             measured = json.dumps({metric: float(value) for metric, value in metrics.items()})
             client.set_model_version_tag(name, str(number), _METRICS_TAG, measured)
+            client.set_model_version_tag(name, str(number), _ASKED_TAG, asked)
             client.set_model_version_tag(name, str(number), _GATES_TAG, _GATES.dump_json(tuple(gates)).decode())
             client.set_registered_model_alias(name, "candidate", str(number))
             return self._version(client, name, number)
@@ -130,7 +135,9 @@ class Registry:
         def decide(champion: Version | None, records: Sequence[ledger.Recorded]) -> _Move | None:
             # The same artifact registered again is not held against itself.
             rival = champion if champion and champion.fingerprint != version.fingerprint else None
-            verdicts = judge(gates, version.metrics, rival.metrics if rival else None)
+            other = rival is not None and rival.asked and version.asked and rival.asked != version.asked
+            incomparable = "its evaluation asked something else, or of another corpus" if other else ""
+            verdicts = judge(gates, version.metrics, rival.metrics if rival else None, incomparable)
             sentences = [verdict.sentence for verdict in verdicts]
             passed = all(verdict.passed for verdict in verdicts)
             back = ledger.rolled_back(records, version.number)
@@ -330,6 +337,7 @@ class Registry:
             artifact=tags.get(store.ARTIFACT_TAG, ""),
             code_version=tags.get(store.CODE_TAG, ""),
             metrics=json.loads(tags.get(_METRICS_TAG, "{}")),
+            asked=tags.get(_ASKED_TAG, ""),
             gates=_GATES.validate_json(tags.get(_GATES_TAG, "[]")),
         )
 

@@ -18,6 +18,7 @@ class Measured(StrictModel):
     """What the evaluation is to say."""
 
     well_formed: float = Field(description="share of well-formed answers, 0 to 1")
+    asked: str = Field("", description="digest of what it asks")
 
 
 @component(version=1, resources=Resources(cpus=1, memory_gib=1))
@@ -53,6 +54,18 @@ def train(config: Seed, model: Output[Model]) -> Seed:
 @component(version=1, resources=Resources(cpus=1, memory_gib=1))
 def measure(config: Measured, model: Input[Model], metrics: Output[Metrics]) -> Measured:
     """An evaluation that says what it is told to."""
+    _write(config, metrics)
+    return config
+
+
+@component(version=1, resources=Resources(cpus=1, memory_gib=1))
+def measure_candidate(config: Measured, candidate: Input[Model], metrics: Output[Metrics]) -> Measured:
+    """The same by a user who calls the model something else."""
+    _write(config, metrics)
+    return config
+
+
+def _write(config: Measured, metrics: Output[Metrics]) -> None:
     from ling_flow.evaluation.report import Evaluation
 
     evaluation = Evaluation(
@@ -69,4 +82,5 @@ def measure(config: Measured, model: Input[Model], metrics: Output[Metrics]) -> 
         samples=[],
     )
     (metrics.path / "evaluation.json").write_text(evaluation.model_dump_json())
-    return config
+    if config.asked:
+        metrics.contract["asked"] = config.asked

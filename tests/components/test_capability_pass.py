@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.capability_pass import capability_pass
+from components.capability_pass import CapabilityPassConfig, capability_pass
+from ling_flow.config import parse
 from ling_flow.data.tokenizer import Tokenizer
 from ling_flow.errors import UserError
 from ling_flow.model.hf import load_pretrained
@@ -58,3 +59,8 @@ def test_another_corpus_tokenizer_is_refused(base: str, tmp_path: Path) -> None:
     other = micro_corpus({"seed": 1}, root=tmp_path).refs["corpus"]
     with pytest.raises(UserError, match=r"tokenizer is .*; give the corpus that the model was trained on"):
         capability_pass(CONFIG, root=tmp_path, base=base, corpus=other)
+
+
+def test_a_peak_that_is_never_reached_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^capability_pass: warmup_steps must be less than steps \(20\), got 20$"):
+        parse(CapabilityPassConfig, {"steps": 20}, "capability_pass")

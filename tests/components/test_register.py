@@ -9,7 +9,7 @@ from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow.context import Context
 from ling_flow.flow.promotion import Registry
 from ling_flow.flow.step import Outcome
-from tests.components.serving_steps import measure, train
+from tests.components.serving_steps import measure, measure_candidate, train
 
 GATE = {"metric": "well_formed", "threshold": 0.5, "min_change": 0.0}
 
@@ -94,6 +94,23 @@ def test_a_gate_on_an_unknown_metric_is_the_users_error(registry: Registry) -> N
     with pytest.raises(UserError, match=r"gates\.0\.metric: no metric 'speed'"):
         registered("odd", 0, 0.9, gates=[{"metric": "speed", "threshold": 1}])
     assert registry.version("odd", 1) is None
+
+
+def test_metrics_of_another_model_are_refused(registry: Registry) -> None:
+    model, other = (train({"seed": seed}).refs["model"] for seed in (0, 1))
+    metrics = measure({"well_formed": 0.9}, model=other).refs["metrics"]
+    with pytest.raises(UserError, match=f"^metrics: {metrics} was measured on {other}, not on {model}; evaluate "):
+        register({"model_name": "mixed", "gates": [GATE]}, model=model, metrics=metrics)
+    assert registry.version("mixed", 1) is None
+    unknown = measure_candidate({"well_formed": 0.9}, candidate=other).refs["metrics"]
+    assert register({"model_name": "mixed", "gates": [GATE]}, model=model, metrics=unknown).result.version == 1
+
+
+def test_what_the_evaluation_asked_is_registered(registry: Registry) -> None:
+    metrics = measure({"well_formed": 0.9, "asked": "easy"}, model=train({"seed": 0}).refs["model"]).refs["metrics"]
+    register({"model_name": "asked", "gates": [GATE]}, model=train({"seed": 0}).refs["model"], metrics=metrics)
+    version = registry.version("asked", 1)
+    assert version is not None and version.asked == "easy"
 
 
 def test_a_store_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,20 @@ def test_no_champion_yet_asks_no_change() -> None:
     assert judge([gate], {"m": 0.2}, {"another": 1.0})[0].passed
 
 
+def test_a_comparison_that_cannot_be_made_is_told() -> None:
+    gate = Gate(metric="m", threshold=0.1, min_change=0.5)
+    for champion, incomparable, why in (
+        ({"another": 1.0}, "", "its evaluation reports no m"),
+        ({"m": math.nan}, "", "its m is nan, not a finite number"),
+        ({"m": 0.9}, "it was asked less", "it was asked less"),
+    ):
+        (verdict,) = judge([gate], {"m": 0.2}, champion, incomparable)
+        assert (verdict.passed, verdict.champion) == (True, None)
+        assert verdict.sentence == f"passed: m is 0.2, asked >= 0.1; not compared with the champion: {why}"
+    assert "champion" not in judge([Gate(metric="m", threshold=0.1)], {"m": 0.2}, {})[0].sentence
+    assert "champion" not in judge([gate], {"m": 0.2})[0].sentence
+
+
 def test_a_metric_that_is_not_finite_fails() -> None:
     (verdict,) = judge([Gate(metric="m", comparison="<=", threshold=1.0)], {"m": math.nan})
     assert not verdict.passed

@@ -5,7 +5,7 @@ import pytest
 from ling_flow.errors import SystemFault, UserError
 from ling_flow.evaluation.gate import Gate
 from ling_flow.flow import ledger, mlflow_store
-from ling_flow.flow.promotion import Registry
+from ling_flow.flow.promotion import Registry, Version
 from tests.conftest import Called
 from tests.flow.registering import GATES, aliases, promote_at_once, register
 
@@ -114,6 +114,24 @@ def test_the_gates_hold_a_version_back(registry: Registry) -> None:
     assert aliases(registry, "held") == (1, None)
     tags = mlflow_store.connect(registry.tracking_uri).get_model_version("held", "2").tags
     assert tags["ling_flow.gate.score"] == "fail"
+
+
+def test_a_champion_that_was_asked_something_else_is_not_compared_with(registry: Registry) -> None:
+    def version(fingerprint: str, score: float, asked: str) -> Version:
+        return registry.register(
+            "asked", f"/root/a/{fingerprint}/model", fingerprint, {"score": score}, {}, GATES, asked
+        )
+
+    first = version("f1", 0.9, "easy")
+    assert first.asked == "easy"
+    assert registry.promote(first, GATES).promoted
+    same = registry.promote(version("f2", 0.7, "easy"), GATES)
+    assert not same.promoted and "champion's 0.9" in same.sentences[0]
+    unknown = registry.promote(version("f3", 0.7, ""), GATES)
+    assert not unknown.promoted and "champion's 0.9" in unknown.sentences[0]
+    other = registry.promote(version("f4", 0.7, "hard"), GATES)
+    assert other.promoted
+    assert "; not compared with the champion: its evaluation asked something else, or of another" in other.sentences[0]
 
 
 def test_of_several_gates_on_a_metric_all_must_be_passed(registry: Registry) -> None:
