@@ -10,6 +10,7 @@ Kernels therefore widen to float32 straight after a load, multiply matrices with
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,8 @@ __all__ = [
     "tl",
 ]
 
-AVAILABLE = (
+INSTALLED = importlib.util.find_spec("triton") is not None
+AVAILABLE = INSTALLED and (
     torch.cuda.is_available()
     or os.environ.get("TRITON_INTERPRET") == "1"
     or os.environ.get("LING_FLOW_TRITON") == "compile"
@@ -39,7 +41,17 @@ if AVAILABLE:
     import triton
     import triton.language as tl
 
-    jit: Callable[..., Any] = triton.jit
+    def jit(function: Callable[..., Any]) -> Any:
+        """A kernel whose every launch fuses multiplication and addition, as the files' figures hold: from Triton 3.10
+        on that is no longer the default."""
+        kernel = triton.jit(function)
+
+        def run(*args: Any, **options: Any) -> Any:
+            return type(kernel).run(kernel, *args, **options, enable_fp_fusion=True)
+
+        kernel.run = run
+        return kernel
+
 else:
 
     class _Missing:
@@ -53,7 +65,8 @@ else:
             self.name = function.__name__
 
         def __getitem__(self, grid: Any) -> Any:
-            raise RuntimeError(f"{self.name} is a Triton kernel: it needs a CUDA device, or TRITON_INTERPRET=1")
+            wanted = "a CUDA device, or TRITON_INTERPRET=1" if INSTALLED else "Triton, which is not installed"
+            raise RuntimeError(f"{self.name} is a Triton kernel: it needs {wanted}")
 
     tl: Any = _Missing()  # type: ignore[no-redef]
     jit = _Kernel

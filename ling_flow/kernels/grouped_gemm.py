@@ -43,14 +43,16 @@ class Tiles(NamedTuple):
 # registers of each of 256 threads, and their operands 48 KB a stage; a quarter less goes through L2 than with 128×128.
 # Where rows are looked up within the loop, the look-up takes half of the stages. With few rows an expert a gradient of
 # weights is mostly its own writing: two blocks of 4 warps share a multiprocessor, and one reads while the other writes.
+# Where neither side of a gradient of weights is looked up, all its stages hold operands: seven of 48 KB do not fit.
 ROWS_TILES = {
     2: (Tiles(256, 64, 8, 4), Tiles(256, 64, 8, 3), Tiles(128, 64, 4, 3)),
     4: (Tiles(128, 32, 8, 3),),
 }
 WEIGHTS_TILES = {2: (Tiles(256, 64, 8, 7), Tiles(256, 64, 8, 5)), 4: (Tiles(128, 32, 8, 3),)}
+PLAIN_WEIGHTS_TILES = {2: (Tiles(256, 64, 8, 4), Tiles(256, 64, 8, 3)), 4: (Tiles(128, 32, 8, 3),)}
 FEW_ROWS = 1024  # or fewer an expert, on average
 FEW_ROWS_TILES = {2: (Tiles(128, 64, 4, 5), Tiles(128, 64, 4, 4)), 4: (Tiles(128, 32, 8, 3),)}
-ADDED_TILES = {2: (Tiles(128, 32, 4, 5), Tiles(128, 64, 8, 7), Tiles(256, 64, 8, 5)), 4: (Tiles(128, 32, 8, 3),)}
+ADDED_TILES = {2: (Tiles(128, 32, 4, 5), Tiles(128, 64, 8, 7), Tiles(256, 64, 8, 4)), 4: (Tiles(128, 32, 8, 3),)}
 GROUP = 8  # tiles of rows whose programs are numbered together
 
 
@@ -245,7 +247,12 @@ def grouped_wgrad_triton(
         out = torch.empty((experts, outputs, inputs), dtype=x.dtype, device=x.device)
     assert out.is_contiguous(), "the gradient is written in place"
     few = row_map.place_TK.numel() <= FEW_ROWS * experts
-    fitting = ADDED_TILES if add else FEW_ROWS_TILES if few else WEIGHTS_TILES
+    if add:
+        fitting = ADDED_TILES
+    elif few:
+        fitting = FEW_ROWS_TILES
+    else:
+        fitting = WEIGHTS_TILES if gather_grad or gather_x else PLAIN_WEIGHTS_TILES
     tiles = tiles or fitting[x.element_size()][0]
     if out.numel():
         grid = (experts * ceil_div(outputs, TILE) * ceil_div(inputs, tiles.columns),)

@@ -6,6 +6,9 @@ boundary; float32 ones by the rounding of the sums alone.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +18,8 @@ from ling_flow.kernels.experts import routed_experts
 from ling_flow.kernels.experts_triton import routed_experts_triton
 from ling_flow.kernels.grouped_gemm import Backend, grouped_dgrad, grouped_forward, grouped_wgrad
 from ling_flow.kernels.row_map import RowMap, dense_map, row_map_reference
-from ling_flow.kernels.shapes import SMALL, MoEShape, normal, route
+from ling_flow.kernels.shapes import PUBLISHED, SMALL, MoEShape, normal, route
+from tests.kernels.aot_cases import SHARED_LIMIT, meta_map
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -131,9 +135,30 @@ def test_every_cut_gives_the_same(device: torch.device) -> None:
         found = grouped_gemm.grouped_forward_triton(x_TB, w_EAB, row_map, True, tiles)
         torch.testing.assert_close(found[real], expected[real], **close)
     expected = grouped_gemm.grouped_wgrad_reference(grad_RA, x_TB, row_map, False, True)
-    for tiles in (*grouped_gemm.WEIGHTS_TILES[2], *grouped_gemm.FEW_ROWS_TILES[2], *grouped_gemm.ADDED_TILES[2]):
+    tables = (grouped_gemm.WEIGHTS_TILES, grouped_gemm.PLAIN_WEIGHTS_TILES, grouped_gemm.FEW_ROWS_TILES)
+    for tiles in itertools.chain(*(table[2] for table in (*tables, grouped_gemm.ADDED_TILES))):
         found = grouped_gemm.grouped_wgrad_triton(grad_RA, x_TB, row_map, False, True, tiles=tiles)
         torch.testing.assert_close(found, expected, **close)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("shape", PUBLISHED, ids=lambda shape: shape.name)
+def test_stages_without_a_look_up_fit_into_shared_memory(
+    shape: MoEShape, add: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: dict[str, int] = {}
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **options: launched.update(options)
+
+    monkeypatch.setattr(grouped_gemm, "_weights_kernel", Kernel())
+    row_map = meta_map(shape)
+    grad_RA, x_RB = (normal((row_map.rows, side), torch.bfloat16, "meta") for side in (2 * shape.width, shape.hidden))
+    out = normal((shape.experts, 2 * shape.width, shape.hidden), torch.float32, "meta") if add else None
+    grouped_gemm.grouped_wgrad_triton(grad_RA, x_RB, row_map, False, False, out, add)
+    stage = (launched["BLOCK_A"] + launched["BLOCK_B"]) * launched["BLOCK_R"] * 2
+    assert stage * launched["num_stages"] <= SHARED_LIMIT
 
 
 def test_the_definition_is_a_loop_over_rows() -> None:

@@ -146,3 +146,21 @@ def test_a_bad_value_reaches_its_own_results_and_no_others(device: torch.device)
     y_TKA = y_RA[row_map.place_TK.long()]
     assert not y_TKA[3].isfinite().any()
     assert y_TKA[torch.arange(shape.tokens, device=device) != 3].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rows_past_two_billion_elements_are_found() -> None:
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    rows, depth, columns, times = 2**11, 256, 128, 2**12 + 1
+    device = torch.device("cuda")
+    few = fp8.quantize_rows(normal((rows, depth), torch.bfloat16, device))
+    w_1AB = fp8.quantize_blocks(normal((1, columns, depth), torch.bfloat16, device, seed=1))
+    many = Quantized(few.values.view(torch.uint8).repeat(times, 1).view(fp8.STORED), few.scales.repeat(1, times))
+    assert many.values.numel() > 2**31  # offsets of 64 bits
+    for gather in (False, True):
+        expected_RA = grouped_gemm_fp8.grouped_forward_fp8(few, w_1AB, dense_map(rows, device), gather)
+        found = grouped_gemm_fp8.grouped_forward_fp8(many, w_1AB, dense_map(rows * times, device), gather)
+        for part_RA in found[: rows * times].split(rows):
+            assert torch.equal(part_RA, expected_RA[:rows])

@@ -12,10 +12,13 @@ import torch
 from ling_flow.kernels.row_map import RowMap, rows_bound, tiles_bound
 from ling_flow.kernels.shapes import MoEShape
 
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory a block may have on sm_90
+
 
 @dataclass(frozen=True)
 class Case:
-    """`launch` calls one Triton launcher. `wgmma`: its main kernel must use Hopper's warp-group matrix instructions."""
+    """`launch` calls one Triton launcher. `wgmma`: its kernels multiply matrices, and must use
+    Hopper's warp-group matrix instructions for it."""
 
     name: str
     launch: Callable[[], object]

@@ -14,6 +14,9 @@ from ling_flow.kernels.row_map import row_map_triton
 from ling_flow.kernels.shapes import PUBLISHED, MoEShape, normal, route
 from tests.kernels.aot_cases import Case, meta_map
 
+# Its rows of experts have 2^31 elements: offsets of 64 bits.
+LARGE = MoEShape("1T at 128k tokens", 131072, 8192, 2048, 256, 8)
+
 
 def cases() -> Iterator[Case]:
     for shape in PUBLISHED:
@@ -22,6 +25,7 @@ def cases() -> Iterator[Case]:
             yield Case(f"row map, {shape.name}", lambda routing=routing: row_map_triton(routing[0], routing[2]))
             yield from _bfloat16(shape)
             yield from _fp8(shape)
+    yield _large_fp8()
 
 
 def _bfloat16(shape: MoEShape) -> Iterator[Case]:
@@ -30,8 +34,8 @@ def _bfloat16(shape: MoEShape) -> Iterator[Case]:
 
     row_map = meta_map(shape)
     tokens, hidden, rows, wide = shape.tokens, shape.hidden, row_map.rows, 2 * shape.width
-    x_TD, x_RD, z_R2F = empty(tokens, hidden), empty(rows, hidden), empty(rows, wide)
-    h_RF = empty(rows, shape.width)
+    x_TD, x_RD = empty(tokens, hidden), empty(rows, hidden)
+    z_T2F, z_R2F, h_RF = empty(tokens, wide), empty(rows, wide), empty(rows, shape.width)
     gate_up, down = empty(shape.experts, wide, hidden), empty(shape.experts, hidden, shape.width)
     main_grad = empty(shape.experts, wide, hidden, dtype=torch.float32)
 
@@ -43,6 +47,8 @@ def _bfloat16(shape: MoEShape) -> Iterator[Case]:
     yield case("down dgrad", lambda: grouped_dgrad_triton(x_TD, down, row_map, True))
     yield case("gate_up dgrad", lambda: grouped_dgrad_triton(z_R2F, gate_up, row_map, False))
     yield case("gate_up wgrad", lambda: grouped_wgrad_triton(z_R2F, x_TD, row_map, False, True))
+    yield case("gate_up wgrad, nothing looked up", lambda: grouped_wgrad_triton(z_R2F, x_RD, row_map, False, False))
+    yield case("gate_up wgrad, both looked up", lambda: grouped_wgrad_triton(z_T2F, x_TD, row_map, True, True))
     yield case("down wgrad", lambda: grouped_wgrad_triton(x_TD, h_RF, row_map, True, False))
     yield case(
         "gate_up wgrad, added",
@@ -80,3 +86,16 @@ def _fp8(shape: MoEShape) -> Iterator[Case]:
         "gate_up wgrad, added",
         lambda: grouped_wgrad_fp8_triton(grad_2FR, x_DR, row_map, out=main_grad, add=True),
     )
+
+
+def _large_fp8() -> Case:
+    row_map = meta_map(LARGE)
+    experts, rows, hidden, width = LARGE.experts, row_map.rows, LARGE.hidden, LARGE.width
+    assert rows * width >= 2**31
+    h_RF = Quantized(normal((rows, width), STORED, "meta"), normal((width // 128, rows), torch.float32, "meta"))
+    down = Quantized(
+        normal((experts, hidden, width), STORED, "meta"),
+        normal((experts, hidden // 128, width // 128), torch.float32, "meta"),
+    )
+    name = f"grouped fp8 down forward, {LARGE.name}"
+    return Case(name, lambda: grouped_forward_fp8_triton(h_RF, down, row_map, False), wgmma=True)
