@@ -6,8 +6,8 @@ row per multiprocessor at a time and keeps a third of the row in registers, so t
 in the level-2 cache. Each lane has its own running maximum and sum, one step per 16 bytes: the threads wait for
 each other once a row, and one exponential in nine is spent on rescaling.
 
-Limits of the kernel: logits of float32, bfloat16 or float16, contiguous; finite (a row with NaN or +inf gives NaN);
-targets in the vocabulary; a row of fewer than 2^31 elements.
+Limits of the kernel: logits of float32, bfloat16 or float16 (float64 is left to torch), contiguous; finite (a row with
+NaN or +inf gives NaN); targets in the vocabulary; a row of fewer than 2^31 elements.
 
 Shapes: T tokens, C tokens of a chunk, D hidden, V vocabulary.
 """
@@ -24,6 +24,7 @@ from ling_flow.kernels._triton import jit, narrow, next_power_of_2, tl
 from ling_flow.kernels.products import matmul
 
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}  # logits at a time; on a CPU they should stay in the cache
+SCALED_ELEMENTS = 2**24  # of a gradient at a time
 VECTOR = 16  # bytes that a thread reads at a time
 # Of the kernel: (elements of a row at a time, warps, loads on the way), the first of which is taken; with the gradient
 # also blocks that are kept in registers between the two readings.
@@ -42,7 +43,8 @@ def linear_cross_entropy(
         z: adds Σ_t z·logsumexp(head · hidden_t)² (PaLM §5), which keeps the logits from drifting.
         losses_T: filled with the loss of each token, without z and without a gradient.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, z, losses_T)
+    # Within the function there is no gradient mode, and what an input needs does not depend on it.
+    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, z, losses_T, torch.is_grad_enabled())
 
 
 def linear_logprobs(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -54,6 +56,10 @@ def _chunks(hidden_TD: Tensor, head_VD: Tensor) -> Iterator[slice]:
     size = max(1, CHUNK_ELEMENTS[hidden_TD.device.type] // head_VD.shape[0])
     for start in range(0, hidden_TD.shape[0], size):
         yield slice(start, start + size)
+
+
+def _in_kernel(hidden_ND: Tensor) -> bool:
+    return hidden_ND.is_cuda and hidden_ND.dtype != torch.float64
 
 
 def _logits(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
@@ -97,15 +103,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     # The loss is a scalar: its gradient is known up to a factor while the logits are still there.
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z: float, losses_T: Tensor | None
+        ctx: Any,
+        hidden_TD: Tensor,
+        head_VD: Tensor,
+        targets_T: Tensor,
+        z: float,
+        losses_T: Tensor | None,
+        grad_mode: bool,
     ) -> Tensor:
         loss = hidden_TD.new_zeros((), dtype=_wide(hidden_TD))
-        needs_grad = any(ctx.needs_input_grad[:2])
+        differentiable = any(ctx.needs_input_grad[:2])
+        needs_grad = differentiable and grad_mode
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD
         grad_head_VD = torch.zeros_like(head_VD, dtype=loss.dtype) if needs_grad else head_VD
         for chunk in _chunks(hidden_TD, head_VD):
             hidden_CD, targets_C1 = hidden_TD[chunk], targets_T[chunk].unsqueeze(1)
-            if hidden_CD.is_cuda:
+            if _in_kernel(hidden_CD):
                 logits_CV = hidden_CD @ head_VD.T
                 logprobs_C, lse_C = cross_entropy_triton_(logits_CV, targets_T[chunk], z, gradient=needs_grad)
                 if needs_grad:
@@ -117,15 +130,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             logits_CV = _logits(hidden_CD, head_VD)
             logprobs_C1 = logits_CV.gather(1, targets_C1)
-            if needs_grad:
+            if differentiable:
                 # One pass with exponentials: the largest probability is exp(largest logit - lse), which gives lse.
+                # Without gradient mode too: a loss in training and in evaluation is the same bits.
                 probabilities_CV = logits_CV.softmax(1)
                 lse_C1 = logits_CV.amax(1, keepdim=True) - probabilities_CV.amax(1, keepdim=True).log_()
+            else:
+                lse_C1 = logits_CV.logsumexp(1, keepdim=True)
+            if needs_grad:
                 if z:
                     probabilities_CV.mul_(1 + 2 * z * lse_C1)
                 grad_hidden_TD[chunk] = _backward(probabilities_CV, targets_C1, None, hidden_CD, head_VD, grad_head_VD)
-            else:
-                lse_C1 = logits_CV.logsumexp(1, keepdim=True)
             logprobs_C1 -= lse_C1
             loss -= logprobs_C1.sum()
             if losses_T is not None:
@@ -137,10 +152,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        # In the gradient's own type: as bfloat16 a factor of 1/700 would be 0.15 % off, and each loss by another share.
-        grad_hidden_TD, grad_head_VD = ((saved.to(grad.dtype) * grad).to(saved.dtype) for saved in ctx.saved_tensors)
-        return grad_hidden_TD, grad_head_VD, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        grad_hidden_TD, grad_head_VD = (_scaled(saved, grad) for saved in ctx.saved_tensors)
+        return grad_hidden_TD, grad_head_VD, None, None, None, None
+
+
+def _scaled(saved_ND: Tensor, factor: Tensor) -> Tensor:
+    """In the factor's own type: as bfloat16 a factor of 1/700 would be 0.15 % off, and each loss by another share. Some
+    rows at a time: all of (V, D) in float32 would be as much memory as everything else of the head."""
+    if saved_ND.dtype == factor.dtype:
+        return saved_ND * factor
+    out_ND = torch.empty_like(saved_ND)
+    rows = max(1, SCALED_ELEMENTS // saved_ND.shape[1])
+    for part_ND, into_ND in zip(saved_ND.split(rows), out_ND.split(rows), strict=True):
+        into_ND.copy_(part_ND.to(factor.dtype) * factor)
+    return out_ND
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -150,7 +176,7 @@ class _LinearLogprobs(torch.autograd.Function):
         lse_T1 = hidden_TD.new_empty((hidden_TD.shape[0], 1), dtype=_wide(hidden_TD))
         logprobs_T1 = torch.empty_like(lse_T1)
         for chunk in _chunks(hidden_TD, head_VD):
-            if hidden_TD.is_cuda:
+            if _in_kernel(hidden_TD):
                 logprobs_C, lse_C = cross_entropy_triton_(hidden_TD[chunk] @ head_VD.T, targets_T[chunk])
                 logprobs_T1[chunk], lse_T1[chunk] = logprobs_C.unsqueeze(1), lse_C.unsqueeze(1)
                 continue
@@ -166,7 +192,7 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden_TD = torch.empty_like(hidden_TD)
         grad_head_VD = torch.zeros_like(head_VD, dtype=lse_T1.dtype)
         for chunk in _chunks(hidden_TD, head_VD):
-            if hidden_TD.is_cuda:
+            if _in_kernel(hidden_TD):
                 grad_CV = hidden_TD[chunk] @ head_VD.T
                 cross_entropy_gradient_triton_(grad_CV, targets_T[chunk], lse_T1[chunk].squeeze(1), -grad_T[chunk])
                 _add_product(grad_head_VD, grad_CV, hidden_TD[chunk])

@@ -10,8 +10,8 @@ A tile is a few positions of a few heads, a row each, in three strips: the two h
 rotated. The halves lie in the same lanes, so that threads exchange nothing but a sum per row, and all loads of a tile
 come before its stores: they wait for the memory once.
 
-Limits of the kernels: float32, bfloat16 or float16; head width up to 1024, fast where its rotated and its other part
-are multiples of 16 elements; a row of the projection shorter than 2^31 elements / 16.
+Limits of the kernels: float32, bfloat16 or float16 (float64 is left to torch); head width up to 1024, fast where its
+rotated and its other part are multiples of 16 elements; a row of the projection shorter than 2^31 elements / 16.
 
 Shapes: B batch, S sequence, H query heads, K key-value heads, X = H + 2K heads of the projection, C head width,
 R rotated elements.
@@ -52,9 +52,9 @@ def qk_norm_rope(
     Args:
         qkv_BSX: (B, S, X·C): the query heads, the key heads, the value heads.
         cos, sin: float32 (S, 1, R/2) or (B, S, 1, R/2).
-        positions_first: in memory the results are (B, S, heads, C). On a CPU they always are.
+        positions_first: in memory the results are (B, S, heads, C). In torch they always are.
     """
-    if qkv_BSX.is_cuda:
+    if qkv_BSX.is_cuda and qkv_BSX.dtype != torch.float64:
         return qk_norm_rope_triton(
             qkv_BSX, query_weight_C, key_weight_C, cos, sin, heads, kv_heads, eps, positions_first
         )

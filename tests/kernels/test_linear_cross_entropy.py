@@ -1,6 +1,12 @@
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ling_flow.kernels import linear_cross_entropy as module
 from ling_flow.kernels.linear_cross_entropy import linear_cross_entropy, linear_logprobs
@@ -45,6 +51,47 @@ def test_a_factor_keeps_its_digits_in_bfloat16() -> None:
     (part,) = torch.autograd.grad(loss / 700, hidden)
     expected = whole.float() / 700  # 1/700 in bfloat16 is 0.15 % off
     assert float(part.float().norm() / expected.norm()) == pytest.approx(1, abs=5e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_loss_alone_takes_one_product_a_chunk_and_has_the_same_bits(
+    mode: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, head = (normal(shape, torch.float32).requires_grad_() for shape in [(8, HIDDEN), (VOCABULARY, HIDDEN)])
+    targets = torch.zeros(8, dtype=torch.long)
+    expected = linear_cross_entropy(hidden, head, targets, 1e-2)
+    products: list[None] = []
+    matmul = module.matmul
+    monkeypatch.setattr(module, "matmul", lambda a, b: (products.append(None), matmul(a, b))[1])
+    with mode():
+        found = linear_cross_entropy(hidden, head, targets, 1e-2)
+    assert torch.equal(found, expected)
+    assert len(products) == 2  # chunks; with gradients there would be three in each
+
+
+def test_a_gradient_is_scaled_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, factor = normal((300, 7), torch.bfloat16), torch.tensor(1 / 700)
+    expected = (saved.float() * factor).bfloat16()
+    monkeypatch.setattr(module, "SCALED_ELEMENTS", 64)
+    wide: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+                wide.append(out.numel())
+            return out
+
+    with Watch():
+        found = module._scaled(saved, factor)
+    assert torch.equal(found, expected)
+    assert max(wide) <= 64
+
+
+def test_float64_on_a_gpu_is_left_to_torch() -> None:
+    with FakeTensorMode():  # of a GPU that is not there
+        hidden = torch.empty(5, 4, device="cuda")
+        assert module._in_kernel(hidden) and not module._in_kernel(hidden.double())
 
 
 def test_logprobs_and_gradients(inputs: tuple[torch.Tensor, ...]) -> None:

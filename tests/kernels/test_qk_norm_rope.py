@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ling_flow.kernels import qk_norm_rope as module
 from ling_flow.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, qk_norm_rope_triton
@@ -121,3 +122,13 @@ def test_the_definition_is_a_loop_over_heads() -> None:
                 found = query[b, head, s] if head < heads else key[b, 0, s]
                 torch.testing.assert_close(found, torch.tensor(turned), rtol=1e-5, atol=1e-5)
             assert torch.equal(value[b, 0, s], qkv[b, s, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float64_on_a_gpu_is_left_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("qk_norm_rope_triton", "qk_norm_rope_reference"):
+        monkeypatch.setattr(module, name, lambda *args, name=name: name)
+    with FakeTensorMode():  # of a GPU that is not there
+        part = torch.empty(8, dtype=dtype, device="cuda")
+    took = qk_norm_rope(part, part, part, part, part, 2, 1, EPS)
+    assert took == ("qk_norm_rope_reference" if dtype == torch.float64 else "qk_norm_rope_triton")
