@@ -13,11 +13,14 @@ Shapes: T tokens, D hidden, E experts, K chosen, F expert width, R rows of a `Ro
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ling_flow.kernels.fp8 import (
     Quantized,
@@ -46,32 +49,53 @@ Of routed experts, weights and products are told expert by expert.
 """
 
 
+_updates = 0  # steps of any optimizer, once a layer is in FP8
+
+
+@functools.cache  # once
+def _count_updates() -> None:
+    def count(*_: Any) -> None:
+        global _updates
+        _updates += 1
+
+    register_optimizer_step_post_hook(count)
+
+
 class FP8Weight:
-    """What an FP8 layer keeps beside its weight.
+    """What an FP8 layer keeps beside its weight. A copy keeps nothing.
 
     Attributes:
         watch: told of every operation while it is set.
     """
 
     def __init__(self) -> None:
+        _count_updates()
         self.watch: Watch | None = None
-        self._key: tuple[int, int] | None = None
+        self._weight: weakref.ref[Tensor] | None = None
+        self._state: tuple[int, int, int] | None = None
         self._quantized: Quantized | None = None
 
-    def quantized(self, weight_EAB: Tensor) -> Quantized:
-        """The weight in blocks, made again only after the weight has changed: once per optimizer step.
+    def __reduce__(self) -> tuple[type[FP8Weight], tuple[()]]:
+        return FP8Weight, ()  # what it keeps is of its own layer's weight
 
-        A change is known by the weight's version. torch's fused optimizers do not count it up: `build_optimizer` does.
+    def quantized(self, weight: Tensor) -> Quantized:
+        """The weight (A, B) or (E, A, B) in blocks, made again only after it may have changed: once per optimizer step.
+
+        That is: after a step of any optimizer (torch's fused ones do not count up a tensor's version), any change in
+        place, and for another tensor or other memory. What is written into the same memory past torch (`weight.data`,
+        a kernel of one's own) cannot be seen.
         """
-        key = (weight_EAB.data_ptr(), weight_EAB._version)
-        if self._quantized is None or key != self._key:
-            self._key, self._quantized = key, quantize_blocks(weight_EAB)
+        state = (weight.data_ptr(), weight._version, _updates)
+        if self._quantized is None or self._weight is None or self._weight() is not weight or state != self._state:
+            self._weight, self._state = weakref.ref(weight), state
+            blocks = weight.detach()
+            self._quantized = quantize_blocks(blocks if blocks.dim() == 3 else blocks.unsqueeze(0))
         return self._quantized
 
 
 def fp8_linear(x: Tensor, weight_AB: Tensor, fp8: FP8Weight) -> Tensor:
     """x · weightᵀ (…, A), bfloat16."""
-    quantized = fp8.quantized(weight_AB.detach().unsqueeze(0))
+    quantized = fp8.quantized(weight_AB)
     return _FP8Linear.apply(x.flatten(0, -2), weight_AB, quantized, fp8.watch).unflatten(0, x.shape[:-1])
 
 
@@ -86,7 +110,7 @@ def fp8_routed_experts(
     down: FP8Weight,
 ) -> Tensor:
     """`experts.routed_experts` in FP8 (T, D), bfloat16."""
-    quantized = (gate_up.quantized(gate_up_E2FD.detach()), down.quantized(down_EDF.detach()))
+    quantized = (gate_up.quantized(gate_up_E2FD), down.quantized(down_EDF))
     where = row_map(indices_TK, counts_E)
     return _FP8Experts.apply(x_TD, weights_TK, gate_up_E2FD, down_EDF, quantized, where, (gate_up.watch, down.watch))
 

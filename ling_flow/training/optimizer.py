@@ -35,20 +35,11 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> AnyOptimiz
         stacked = [parameter for parameter in parameters if rows.get(parameter) == each]
         groups.append({"params": stacked, "weight_decay": settings.weight_decay, "rows": each})
     given: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
-    optimizer: AnyOptimizer
     if settings.optimizer == "adamw":
-        optimizer = AdamW(groups, **given)
-    elif settings.optimizer == "adamw8bit":
-        optimizer = AdamW8bit(groups, **given)
-    else:
-        optimizer = Muon(groups, **given)
-    optimizer.register_step_post_hook(_count_versions)
-    return optimizer
-
-
-def _count_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """As any change in place does, except torch's fused update: by it FP8 layers know that a weight has changed."""
-    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
+        return AdamW(groups, **given)
+    if settings.optimizer == "adamw8bit":
+        return AdamW8bit(groups, **given)
+    return Muon(groups, **given)
 
 
 def hidden_matrices(model: nn.Module) -> dict[torch.Tensor, tuple[int, ...]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -89,6 +93,39 @@ def test_a_weight_is_quantised_once_per_change() -> None:
     assert torch.equal(second.scales, 2 * first.scales)
 
 
+def test_a_weight_is_quantised_anew_after_a_step_of_any_optimizer() -> None:
+    weight, kept = torch.nn.Parameter(normal((96, 160), torch.float32)), FP8Weight()
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for _ in range(3):
+        before, version = kept.quantized(weight), weight._version
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert weight._version == version  # as torch has it
+        assert kept.quantized(weight) is not before
+        close(fp8.dequantize_blocks(kept.quantized(weight))[0], weight, 0.04)
+        assert kept.quantized(weight) is kept.quantized(weight)
+
+
+def test_another_weight_in_the_same_memory_is_quantised() -> None:
+    memory, kept = np.ones((128, 128), np.float32), FP8Weight()
+    first = torch.nn.Parameter(torch.from_numpy(memory))
+    assert kept.quantized(first).scales == 1 / 448
+    memory *= 2
+    second = torch.nn.Parameter(torch.from_numpy(memory))
+    assert (second.data_ptr(), second._version) == (first.data_ptr(), first._version)
+    assert kept.quantized(second).scales == 2 / 448
+    second.data = torch.full((128, 128), 3.0)
+    assert kept.quantized(second).scales == 3 / 448
+
+
+def test_a_copy_of_a_layer_keeps_nothing_of_the_first_ones_weight() -> None:
+    kept, weight = FP8Weight(), normal((128, 128), torch.float32)
+    quantized = kept.quantized(weight)
+    for other in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        assert other.quantized(weight) is not quantized
+    assert kept.quantized(weight) is quantized
+
+
 def test_a_watch_hears_of_every_operation() -> None:
     heard: dict[str, tuple[Tensor, Tensor]] = {}
     weight = (normal((64, 128), torch.float32, seed=1) * 0.1).requires_grad_()
@@ -171,20 +208,21 @@ def test_kernels_give_what_the_definitions_give(
     x = normal((shape.tokens, shape.hidden), torch.bfloat16, device)
     upstream = normal((shape.tokens, shape.hidden), torch.bfloat16, device, seed=3)
 
-    def everything() -> list[Tensor]:
-        leaves = [leaf.clone().requires_grad_() for leaf in (x, routing.weights_TK, gate_up, down, dense)]
+    def everything(on: torch.device) -> list[Tensor]:
+        given = (x, routing.weights_TK, gate_up, down, dense)
+        leaves = [leaf.to(on, copy=True).requires_grad_() for leaf in given]
+        indices_TK, counts_E = routing.indices_TK.to(on), routing.counts_E.to(on)
         h = fp8_linear(leaves[0], leaves[4], FP8Weight())
-        y = fp8_routed_experts(
-            h, routing.indices_TK, leaves[1], routing.counts_E, leaves[2], leaves[3], FP8Weight(), FP8Weight()
-        )
-        return [y, *torch.autograd.grad(y, leaves, upstream)]
+        y = fp8_routed_experts(h, indices_TK, leaves[1], counts_E, leaves[2], leaves[3], FP8Weight(), FP8Weight())
+        return [y, *torch.autograd.grad(y, leaves, upstream.to(on))]
 
-    expected = everything() if device.type == "cpu" else None
+    expected = everything(torch.device("cpu"))
     by_kernels(monkeypatch)
-    found = everything()
-    if expected is None:
-        assert all(tensor.isfinite().all() for tensor in found)
-        return
+    found = everything(device)
+    # Sums in another order change a last bit of bfloat16, and that one a step of FP8. A GPU's SwiGLU does so too, and
+    # its tensor cores keep some 14 bits of a partial sum.
+    large, small = (0.02, 0.1) if device.type == "cuda" else (0.01, 0.05)
     for mine, theirs in zip(found, expected, strict=True):
-        # Sums in another order change a last bit of bfloat16, and that one a step of FP8.
-        close(mine, theirs, 0.01 if mine.numel() > 100 else 0.05)
+        close(mine.cpu(), theirs, large if mine.numel() > 100 else small)
+    if device.type == "cuda":  # the interpreter runs one program after the other
+        assert all(torch.equal(mine, twice) for mine, twice in zip(found, everything(device), strict=True))

@@ -1,10 +1,11 @@
-"""What `build_optimizer` gives: torch's AdamW, in its fused form; every update is one that FP8 layers notice."""
+"""What `build_optimizer` gives: torch's AdamW, in its fused form; every update is one that FP8 layers see."""
 
 from typing import get_args
 
 import pytest
 import torch
 
+from ling_flow.kernels.fp8_layers import FP8Weight
 from ling_flow.model.presets import tiny
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 from ling_flow.training.optimizer import build_optimizer
@@ -21,13 +22,17 @@ def with_gradients(seed: int) -> BailingMoeV2ForCausalLM:
 
 
 @pytest.mark.parametrize("kind", get_args(OptimizerSettings.model_fields["optimizer"].annotation))
-def test_an_update_counts_the_version_of_every_parameter(kind):
+def test_fp8_layers_see_an_update_of_every_matrix(kind):
     model = with_gradients(0)
-    optimizer = build_optimizer(model, OptimizerSettings(learning_rate=1e-3, optimizer=kind))
-    before = [(parameter._version, parameter.detach().clone()) for parameter in model.parameters()]
+    optimizer = build_optimizer(model, OptimizerSettings(learning_rate=1e-2, optimizer=kind))
+    matrices = [(FP8Weight(), parameter) for parameter in model.parameters() if parameter.dim() > 1]
+    before = [(kept.quantized(weight), weight.detach().clone()) for kept, weight in matrices]
     optimizer.step()
-    for (version, value), parameter in zip(before, model.parameters(), strict=True):
-        assert parameter._version > version and not torch.equal(parameter, value)
+    for (kept, weight), (quantized, value) in zip(matrices, before, strict=True):
+        assert not torch.equal(weight, value)
+        found, expected = kept.quantized(weight), FP8Weight().quantized(weight)
+        assert found is not quantized
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
 
 def test_it_is_torchs_adamw_without_decay_of_vectors():
