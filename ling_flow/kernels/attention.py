@@ -1,19 +1,30 @@
 """Causal attention with grouped key-value heads, softmax in float32, scale 1/sqrt(head width).
 
-Shapes: B batch, S queries, L keys, T tokens of all documents, H query heads, K key-value heads, C head width.
+On CUDA the backward pass of torch's fused attention adds up with atomics, in another order every time, unless
+deterministic algorithms are on when it runs (a warning alone leaves it so). They are turned on for that one operation:
+everywhere they would make cuBLAS raise without CUBLAS_WORKSPACE_CONFIG, and fill every new tensor. cuDNN's attention
+has no such algorithm in torch, and is not taken.
+
+Shapes: B batch, S queries, L keys, T tokens of all documents, N documents, H query heads, K key-value heads, C head
+width.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ling_flow.kernels.products import slow
+
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def causal_attention(query_BHSC: Tensor, key_BKSC: Tensor, value_BKSC: Tensor) -> Tensor:
@@ -23,7 +34,32 @@ def causal_attention(query_BHSC: Tensor, key_BKSC: Tensor, value_BKSC: Tensor) -
             _wide_attention, query_BHSC, key_BKSC, value_BKSC, use_reentrant=False, preserve_rng_state=False
         )
         return out
-    return functional.scaled_dot_product_attention(query_BHSC, key_BKSC, value_BKSC, is_causal=True, enable_gqa=True)
+    attend = functools.partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    if not query_BHSC.is_cuda:
+        return attend(query_BHSC, key_BKSC, value_BKSC)
+    with sdpa_kernel(REPEATABLE):
+        return repeatable(attend(query_BHSC, key_BKSC, value_BKSC))
+
+
+def repeatable(out: Tensor) -> Tensor:
+    """The output of fused attention, whose backward pass will run with deterministic algorithms."""
+    node = out.grad_fn
+    if node is not None and node.name().startswith("Slice"):  # heads were widened to a multiple of 8
+        node = node.next_functions[0][0]
+    if node is None or not any(part in node.name() for part in ("Attention", "attn")):  # plain products repeat
+        return out
+    before: list[int] = []
+
+    def enter(*_: object) -> None:
+        before.append(torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("error")
+
+    def leave(*_: object) -> None:
+        torch.set_deterministic_debug_mode(before.pop())
+
+    node.register_prehook(enter)
+    node.register_hook(leave)
+    return out
 
 
 def _wide_attention(query_BHSC: Tensor, key_BKSC: Tensor, value_BKSC: Tensor) -> Tensor:
@@ -31,22 +67,28 @@ def _wide_attention(query_BHSC: Tensor, key_BKSC: Tensor, value_BKSC: Tensor) ->
     return wide.to(query_BHSC.dtype)
 
 
-def packed_attention(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, lengths: Sequence[int]) -> Tensor:
+def packed_attention(
+    query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, lengths: Sequence[int], bounds_N1: Tensor
+) -> Tensor:
     """Attention (T, H, C) of every token to itself and those before it in its document.
 
     Args:
         lengths: tokens of each document, in order; they sum to T.
+        bounds_N1: int32, where each document begins, and T; on the device, so that no layer waits for it.
     """
     if query_THC.is_cuda and query_THC.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
-        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query_THC.device)
+        grouped: dict[str, Any] = {"enable_gqa": True} if _takes_grouped_heads() else {}
+        if not grouped:
+            repeat = query_THC.shape[1] // key_TKC.shape[1]
+            key_TKC, value_TKC = key_TKC.repeat_interleave(repeat, 1), value_TKC.repeat_interleave(repeat, 1)
         longest = max(lengths)
-        repeat = query_THC.shape[1] // key_TKC.shape[1]  # torch 2.11's has no grouped heads
-        key_THC, value_THC = key_TKC.repeat_interleave(repeat, 1), value_TKC.repeat_interleave(repeat, 1)
-        out_THC = varlen_attn(query_THC, key_THC, value_THC, starts, starts, longest, longest, window_size=(-1, 0))
+        out_THC = varlen_attn(
+            query_THC, key_TKC, value_TKC, bounds_N1, bounds_N1, longest, longest, window_size=(-1, 0), **grouped
+        )
         assert isinstance(out_THC, Tensor)
-        return out_THC
+        return repeatable(out_THC)
     # Elsewhere one call per document: its work is the sum of the squares of the lengths, that of a mask over the row
     # the square of the sum.
     parts = zip(query_THC.split(lengths), key_TKC.split(lengths), value_TKC.split(lengths), strict=True)
@@ -54,6 +96,14 @@ def packed_attention(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, leng
         causal_attention(*(x.transpose(0, 1).unsqueeze(0) for x in part)).squeeze(0).transpose(0, 1) for part in parts
     ]
     return torch.cat(out)
+
+
+@functools.cache
+def _takes_grouped_heads() -> bool:
+    """torch 2.11's does not."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def cached_attention(query_BHSC: Tensor, key_BKLC: Tensor, value_BKLC: Tensor, visible_B1SL: Tensor) -> Tensor:

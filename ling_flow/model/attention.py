@@ -77,7 +77,7 @@ class Attention(nn.Module):
             query_THC, key_TKC, value_TKC = (
                 part.transpose(1, 2).flatten(0, 1) for part in (query_BHSC, key_BKSC, value_BKSC)
             )
-            out_THC = packed_attention(query_THC, key_TKC, value_TKC, packing.lengths)
+            out_THC = packed_attention(query_THC, key_TKC, value_TKC, packing.lengths, packing.bounds_N1)
             return self.dense(out_THC.flatten(1).unflatten(0, x_BSD.shape[:2]))
         if cache is None:
             out_BHSC = causal_attention(query_BHSC, key_BKSC, value_BKSC)

@@ -111,8 +111,11 @@ class Gate(nn.Module):
     def report(self, indices_BSK: Tensor, logits_BSE: Tensor, counts_E: Tensor, shared: Forward) -> RouterReport:
         """The counts of the tokens that count (`counts_E` are those of all) and the losses that are wanted."""
         counted_BS, wanted = shared.counted_BS, shared.router_loss
-        if counted_BS is not None:
-            counts_E = torch.bincount(indices_BSK[counted_BS].flatten(), minlength=len(counts_E))
+        if counted_BS is not None:  # no indexing by it: on a GPU that waits for the device
+            counted_BSK = counted_BS.unsqueeze(-1).expand_as(indices_BSK)
+            counts_E = torch.zeros_like(counts_E).scatter_add_(
+                0, indices_BSK.flatten(), counted_BSK.flatten().to(counts_E.dtype)
+            )
         loss = logits_BSE.new_zeros(())
         if wanted is not None and wanted.wanted:
             if counted_BS is None:

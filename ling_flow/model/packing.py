@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 PADDING = -1
 """The document number of tokens that belong to none."""
@@ -20,6 +21,7 @@ class Packing(NamedTuple):
     """The documents of a batch, row after row, in order. A run of padding stands among them."""
 
     lengths: list[int]  # of the N documents, tokens; they sum to T
+    bounds_N1: Tensor  # int32: where each document begins, and T
     positions_BS: Tensor  # int64: place in the document, from 0; 0 in padding
     longest: int  # tokens of the longest document, padding aside
 
@@ -35,8 +37,9 @@ def pack(documents_BS: Tensor) -> Packing:
     first_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     first_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
     starts_N = first_BS.flatten().nonzero().squeeze(1)
-    lengths_N = torch.diff(starts_N, append=starts_N.new_tensor([documents_BS.numel()]))
+    bounds_N1 = functional.pad(starts_N, (0, 1), value=documents_BS.numel())
+    lengths_N = torch.diff(bounds_N1)
     positions_T = torch.arange(documents_BS.numel(), device=documents_BS.device)
     positions_BS = (positions_T - starts_N.repeat_interleave(lengths_N)).view_as(documents_BS)
     positions_BS = positions_BS.masked_fill(documents_BS == PADDING, 0)
-    return Packing(lengths_N.tolist(), positions_BS, int(positions_BS.max()) + 1)
+    return Packing(lengths_N.tolist(), bounds_N1.to(torch.int32), positions_BS, int(positions_BS.max()) + 1)

@@ -93,8 +93,8 @@ class BailingMoeV2ForCausalLM(nn.Module):
     any type.
 
     Attributes:
-        recompute: keep only each layer's input in training, and compute the rest again in the backward pass: less
-            memory, a third more time, the same bits.
+        recompute: keep only each layer's input in training (and on a GPU its experts' index map, 8 bytes per token and
+            choice), and compute the rest again in the backward pass: less memory, a third more time, the same bits.
         compute_dtype: type of the activations and of the products with weights; that of the weights unless changed.
             Training in bfloat16 keeps float32 weights and sets this. Router and loss are float32 always.
     """
