@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.kernel_cases import Case
+from benchmarks.kernel_cases import Case, Prepared
 from ling_flow.kernels.experts import routed_experts
 from ling_flow.kernels.fp8_layers import FP8Weight, fp8_routed_experts
 from ling_flow.kernels.shapes import PUBLISHED, MoEShape, normal, route
@@ -19,8 +19,9 @@ def cases() -> Iterator[Case]:
     for shape in (SONIC, *PUBLISHED):
         yield _layer(shape, backward=False)
         yield _layer(shape, backward=True)
-        yield _fp8_layer(shape)
-        yield _trained_layer(shape)
+        for quantised in (False, True):
+            yield _fp8_layer(shape, quantised)
+            yield _trained_layer(shape, quantised)
 
 
 def _inputs(shape: MoEShape, weights: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
@@ -80,29 +81,41 @@ def _layer(shape: MoEShape, backward: bool) -> Case:
     )  # fmt: skip
 
 
-def _fp8(shape: MoEShape, weights: torch.dtype) -> Callable[[], object]:
+def _fp8(shape: MoEShape, weights: torch.dtype, quantised: bool) -> Callable[[], object]:
     inputs, kept = _inputs(shape, weights), (FP8Weight(), FP8Weight())
-    return _run(lambda: fp8_routed_experts(*inputs, *kept), _leaves(inputs))
+
+    def forward() -> torch.Tensor:
+        return fp8_routed_experts(*inputs, *((FP8Weight(), FP8Weight()) if quantised else kept))
+
+    return _run(forward, _leaves(inputs))
 
 
-def _fp8_layer(shape: MoEShape) -> Case:
-    """Like for like: bfloat16 weights and gradients of weights on both sides. The weights are in FP8 already, as they
-    are but once in an optimizer step; everything else is quantised within the time."""
+def _fp8_case(name: str, shape: MoEShape, weights: torch.dtype, quantised: bool, bfloat16: Prepared) -> Case:
+    """Weights are quantised once in an optimizer step: within the time where that has one forward pass, as is the
+    default, and before it in each later one. Everything else is always quantised within the time."""
+    moved = _moved(shape, 1, 1, 3)
+    if quantised:
+        moved += 3 * shape.experts * shape.width * shape.hidden * (weights.itemsize + 1)
+    like_for_like = weights == torch.bfloat16 and not quantised
     return Case(
-        "experts FP8 forward + backward", shape.name, lambda: _fp8(shape, torch.bfloat16), moved=_moved(shape, 1, 1, 3),
-        flops=18 * shape.pairs * shape.width * shape.hidden, kind="fp8", gate=("ratio", 1.3), against="ours in bf16",
-        peers={"ours in bf16": lambda: _bfloat16(shape, True)},
+        name, shape.name, lambda: _fp8(shape, weights, quantised), moved=moved, kind="fp8",
+        flops=18 * shape.pairs * shape.width * shape.hidden, gate=("ratio", 1.3) if like_for_like else None,
+        against="ours in bf16", peers={"ours in bf16": bfloat16},
     )  # fmt: skip
 
 
-def _trained_layer(shape: MoEShape) -> Case:
+def _fp8_layer(shape: MoEShape, quantised: bool) -> Case:
+    """Like for like: bfloat16 weights and gradients of weights on both sides."""
+    name = "experts FP8, weights quantised too" if quantised else "experts FP8 forward + backward"
+    return _fp8_case(name, shape, torch.bfloat16, quantised, lambda: _bfloat16(shape, True))
+
+
+def _trained_layer(shape: MoEShape, quantised: bool) -> Case:
     """As our training runs it: float32 masters, float32 gradients; in bfloat16 the masters are rounded on the way."""
 
     def bfloat16() -> Callable[[], object]:
         inputs = _inputs(shape, torch.float32)
         return _run(lambda: routed_experts(*inputs[:4], *(w.bfloat16() for w in inputs[4:])), _leaves(inputs))
 
-    return Case(
-        "experts FP8, float32 masters", shape.name, lambda: _fp8(shape, torch.float32), moved=_moved(shape, 1, 1, 3),
-        flops=18 * shape.pairs * shape.width * shape.hidden, kind="fp8", peers={"ours in bf16": bfloat16},
-    )  # fmt: skip
+    name = "experts FP8, masters quantised too" if quantised else "experts FP8, float32 masters"
+    return _fp8_case(name, shape, torch.float32, quantised, bfloat16)

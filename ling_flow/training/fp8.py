@@ -24,6 +24,7 @@ from ling_flow.training.settings import FP8Settings, Precision
 
 _KEPT_HIGH = ("lm_head", "eh_proj")
 _LEAF = "by columns"  # operands of weight gradients: their error does not pass on (Ling 2.0 §5.1)
+LEAST_CAPABILITY = (8, 9)  # the first GPUs that know E4M3
 NORM_WARNING = 0.1  # how far from 1 the factor between the norms may be; rounding to FP8 makes less than 0.01
 SLICE = 2**24  # elements that are compared at a time
 
@@ -55,7 +56,8 @@ def set_precision(model: BailingMoeV2ForCausalLM, precision: Precision, settings
     """Make `model` compute in `precision` from here on. Its weights stay as they are, float32 in training.
 
     Raises:
-        UserError: `settings` names a layer that the model does not have, or the weights are not float32.
+        UserError: `settings` names a layer that the model does not have, the weights are not float32, or the model is
+            on a GPU without FP8.
     """
     for module in model.modules():
         if isinstance(module, Linear | Experts):
@@ -65,6 +67,12 @@ def set_precision(model: BailingMoeV2ForCausalLM, precision: Precision, settings
         return
     if model.lm_head.weight.dtype != torch.float32:
         raise UserError(f"precision: fp8 needs float32 weights, got a model in {model.lm_head.weight.dtype}")
+    capability = _capability(model.lm_head.weight.device)
+    if capability is not None and capability < LEAST_CAPABILITY:
+        raise UserError(
+            "precision: fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), this one has "
+            f"{capability[0]}.{capability[1]}: use bfloat16"
+        )
     depth = len(model.model.layers)
     for index in settings.bfloat16_layers:
         if not -depth <= index < depth:
@@ -80,6 +88,11 @@ def set_precision(model: BailingMoeV2ForCausalLM, precision: Precision, settings
                 module.fp8 = (FP8Weight(), FP8Weight())
             elif isinstance(module, Linear) and not name.endswith(_KEPT_HIGH):
                 module.fp8 = FP8Weight()
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a GPU; None for a CPU, which follows the kernels' definitions."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def fp8_weights(model: nn.Module) -> dict[str, FP8Weight]:

@@ -65,6 +65,17 @@ def test_layers_can_stay_in_bfloat16() -> None:
         model_in("fp8", FP8Settings(bfloat16_layers=(5,)))
 
 
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = r"precision: fp8 needs a GPU of compute capability 8\.9 or later .* this one has 8\.0: use bfloat16"
+    monkeypatch.setattr(fp8, "_capability", lambda device: (8, 0))
+    with pytest.raises(UserError, match=line):
+        model_in("fp8")
+    assert fp8_weights(model_in("bfloat16")) == {}
+    for known in ((8, 9), (9, 0), (10, 0)):
+        monkeypatch.setattr(fp8, "_capability", lambda device, known=known: known)
+        assert fp8_weights(model_in("fp8"))
+
+
 def test_precision_can_change_and_float32_is_as_before() -> None:
     plain = BailingMoeV2ForCausalLM(tiny())
     plain.init_weights(0)
