@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ling_flow.errors import UserError
 from ling_flow.model.attention import KVCache
@@ -18,6 +19,8 @@ from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 
 GREEDY_BELOW = 1e-5
 """Temperatures below are taken for 0: logits divided by less leave float32."""
+FIRST_ROOM = 16
+"""Slots of the cache beyond the prompts, at first. Most answers end long before the length that is allowed to them."""
 
 
 @dataclass
@@ -95,7 +98,7 @@ def decode(
     top_p: float = 1.0,
 ) -> Iterator[Step]:
     """The steps behind `generate`. Prompts are padded on the left and equal ones read once; finished rows leave the
-    batch when half of it is done."""
+    batch when half of it is done. The cache doubles when it is full: it takes at most twice what is used."""
     if not prompts:
         return
     _check(model, prompts, max_new_tokens, temperature, top_p)
@@ -109,7 +112,7 @@ def decode(
     cache = KVCache(
         model.config,
         torch.tensor(padding, device=device),
-        longest + max_new_tokens - 1,
+        longest + min(FIRST_ROOM, max_new_tokens - 1),
         model.compute_dtype or model.lm_head.weight.dtype,
     )
     hidden_BD = model.hidden_states(ids_BS, cache)[:, -1]
@@ -142,7 +145,15 @@ def decode(
             cache.keep(kept_B)
             tokens_B = tokens_B[kept_B]
             batch = [batch[place] for place in places]
+        if cache.length == cache.capacity:
+            _grow(cache, min(cache.capacity, longest + max_new_tokens - 1 - cache.capacity))
         hidden_BD = model.hidden_states(tokens_B.unsqueeze(1), cache)[:, -1]
+
+
+def _grow(cache: KVCache, slots: int) -> None:
+    """Give each sequence this many slots more."""
+    cache.keys = functional.pad(cache.keys, (0, 0, 0, slots))
+    cache.values = functional.pad(cache.values, (0, 0, 0, slots))
 
 
 def _choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from ling_flow.errors import UserError
+from ling_flow.generation import engine
 from ling_flow.generation.engine import Completion, generate, stream
 from ling_flow.model.attention import KVCache
-from ling_flow.model.config import ModelConfig
+from ling_flow.model.config import ModelConfig, Yarn
 from ling_flow.model.transformer import BailingMoeV2ForCausalLM
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13, 14, 15]]
@@ -124,6 +125,41 @@ def test_generating_changes_nothing_in_the_model(model: BailingMoeV2ForCausalLM)
     assert model.training
     assert all(gate.expert_counts.sum() == 0 for gate in model.gates())
     model.loss(torch.tensor([[1, 2, 3, 4]])).loss.backward()  # cached rotary tables stay usable for training
+
+
+@pytest.mark.parametrize("prompts", [[[1] * 18], [[1, 2], [3]]])
+def test_the_cache_takes_at_most_twice_what_is_used(
+    model: BailingMoeV2ForCausalLM, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]]
+) -> None:
+    caches: list[tuple[int, int]] = []
+    whole = model.hidden_states
+
+    def watched(ids_BS: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        hidden_BSD = whole(ids_BS, cache)
+        caches.append((cache.capacity, cache.length))
+        return hidden_BSD
+
+    monkeypatch.setattr(model, "hidden_states", watched)
+    count = 48 - len(prompts[0])
+    grown = run(model, prompts, max_new_tokens=count)
+    assert len(caches) == count
+    assert all(length <= capacity <= 2 * max(length, engine.FIRST_ROOM) for capacity, length in caches)
+    assert caches[-1][0] == 47  # never more than the longest answer needs
+    monkeypatch.setattr(engine, "FIRST_ROOM", 48)
+    assert run(model, prompts, max_new_tokens=count) == grown
+    assert {capacity for capacity, _ in caches[count:]} == {47}
+
+
+def test_with_yarn_too_cached_decoding_equals_full_passes(model: BailingMoeV2ForCausalLM) -> None:
+    extended = BailingMoeV2ForCausalLM(model.config)
+    extended.load_state_dict(model.state_dict())
+    extended.set_context(48, 10_000.0, Yarn(factor=4.0, original_max_position_embeddings=12))
+    completions = run(extended, PROMPTS, max_new_tokens=24)
+    assert completions != run(model, PROMPTS, max_new_tokens=24)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert completion.tokens == greedy_by_full_passes(extended, prompt, 24)
+        full = extended.token_logprobs(torch.tensor([prompt + completion.tokens]))[0, len(prompt) - 1 :].detach()
+        torch.testing.assert_close(torch.tensor(completion.logprobs), full, atol=1e-4, rtol=1e-4)
 
 
 def test_no_prompts_no_completions(model: BailingMoeV2ForCausalLM) -> None:
