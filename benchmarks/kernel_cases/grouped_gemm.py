@@ -1,7 +1,9 @@
 """Products of rows grouped by expert, in bfloat16 and blockwise FP8; the index map they go by; a dense FP8 product.
 
 Operands are made on the device: quantisation is not in the times. Bytes count the rows of the products, looked up or
-not, as in the published floors; padding aside.
+not, as in the published floors; padding aside. Peer "torch grouped_mm" does what ours does, with the copies that it
+needs: rows looked up, zeros in padding and for experts without rows. "grouped_mm, operands ready" is the product alone:
+operands are made outside the time, and experts without rows get what they get.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from ling_flow.kernels.shapes import PUBLISHED, MoEShape, route
 
 # gate_up of the shape at which torchao publishes: 32,768 rows, 8 experts, 2,048 × 7,168.
 TORCHAO = MoEShape("8 experts 7168", 32768, 7168, 1024, 8, 1)
+READY = "grouped_mm, operands ready"
 DENSE = (32768, 4096, 4096)  # tokens, inputs, outputs
 
 
@@ -81,6 +84,11 @@ def _map(shape: MoEShape) -> Case:
 # bfloat16
 
 
+def _ready(x: Tensor, where: RowMap, gather: bool) -> Tensor:
+    rows = grouped_gemm.looked_up(x, where) if gather else x
+    return rows.masked_fill_((where.pair_R < 0).unsqueeze(1), 0)
+
+
 def _forward(shape: MoEShape, which: str) -> Case:
     outputs, inputs = _sides(shape, which)
     gather = which == "gate_up"
@@ -100,6 +108,11 @@ def _forward(shape: MoEShape, which: str) -> Case:
         x, w_EAB, where = operands()
         return lambda: grouped_gemm.grouped_forward(x, w_EAB, where, gather, "torch")
 
+    def ready() -> Callable[[], object]:
+        x, w_EAB, where = operands()
+        x_RB = _ready(x, where, gather)
+        return lambda: grouped_gemm.grouped_mm(x_RB, w_EAB.mT, where)
+
     def check() -> float:
         x, w_EAB, where = operands()
         found = grouped_gemm.grouped_forward(x, w_EAB, where, gather)
@@ -110,8 +123,8 @@ def _forward(shape: MoEShape, which: str) -> Case:
     moved = 2 * (shape.pairs * (inputs + outputs) + shape.experts * outputs * inputs)
     return Case(
         f"grouped {which} forward", shape.name, with_(), moved=moved, flops=_flops(shape, which), gate=("ratio", 1.0),
-        against="torch grouped_mm", check=check, peers={"torch grouped_mm": torchs},
-        variants=_swept(grouped_gemm.ROWS_TILES[2], with_),
+        against="torch grouped_mm", check=check, variants=_swept(grouped_gemm.ROWS_TILES[2], with_),
+        peers={"torch grouped_mm": torchs} | ({READY: ready} if gather else {}),
     )  # fmt: skip
 
 
@@ -134,11 +147,16 @@ def _dgrad(shape: MoEShape, which: str) -> Case:
         grad, w_EAB, where = operands()
         return lambda: grouped_gemm.grouped_dgrad(grad, w_EAB, where, gather, "torch")
 
+    def ready() -> Callable[[], object]:
+        grad, w_EAB, where = operands()
+        grad_RA = _ready(grad, where, gather)
+        return lambda: grouped_gemm.grouped_mm(grad_RA, w_EAB, where)
+
     moved = 2 * (shape.pairs * (inputs + outputs) + shape.experts * outputs * inputs)
     return Case(
         f"grouped {which} dgrad", shape.name, with_(), moved=moved, flops=_flops(shape, which), gate=("ratio", 1.0),
-        against="torch grouped_mm", peers={"torch grouped_mm": torchs},
-        variants=_swept(grouped_gemm.ROWS_TILES[2], with_),
+        against="torch grouped_mm", variants=_swept(grouped_gemm.ROWS_TILES[2], with_),
+        peers={"torch grouped_mm": torchs} | ({READY: ready} if gather else {}),
     )  # fmt: skip
 
 
@@ -161,6 +179,13 @@ def _wgrad(shape: MoEShape, add: bool) -> Case:
         grad, x, where, out = operands()
         return lambda: grouped_gemm.grouped_wgrad(grad, x, where, False, True, out, add, "torch")
 
+    def ready() -> Callable[[], object]:
+        grad, x, where, out = operands()
+        grad_RA, x_RB = _ready(grad, where, False), _ready(x, where, True)
+        if out is None:
+            return lambda: grouped_gemm.grouped_mm(grad_RA.T, x_RB, where)
+        return lambda: out.add_(grouped_gemm.grouped_mm(grad_RA.T, x_RB, where))
+
     def check() -> float:
         grad, x, where, out = operands()
         found = grouped_gemm.grouped_wgrad(grad, x, where, False, True, out, add)
@@ -171,7 +196,8 @@ def _wgrad(shape: MoEShape, add: bool) -> Case:
     few = grouped_gemm.FEW_ROWS_TILES[2] + grouped_gemm.WEIGHTS_TILES[2]
     return Case(
         "grouped gate_up wgrad" + (", added" if add else ""), shape.name, with_(), moved=moved, flops=_flops(shape),
-        gate=("ratio", 1.0), against="torch grouped_mm", check=check, peers={"torch grouped_mm": torchs},
+        gate=("ratio", 1.0), against="torch grouped_mm", check=check,
+        peers={"torch grouped_mm": torchs, READY: ready},
         variants=_swept(grouped_gemm.ADDED_TILES[2] if add else few, with_),
     )  # fmt: skip
 

@@ -163,27 +163,29 @@ def _ends_E(row_map: RowMap) -> Tensor:
     return row_map.starts_E + (row_map.counts_E + ALIGN - 1) // ALIGN * ALIGN
 
 
-def _grouped_mm(left: Tensor, right: Tensor, row_map: RowMap) -> Tensor:
+def grouped_mm(left: Tensor, right: Tensor, row_map: RowMap) -> Tensor:
+    """The product alone: rows (R, …) that lie as the map has them, and for a gradient of weights zeros in padding."""
     function = getattr(functional, "grouped_mm", None) or torch._grouped_mm
     return function(left, right, offs=_ends_E(row_map))
 
 
-def _looked_up(x: Tensor, row_map: RowMap) -> Tensor:
+def looked_up(x: Tensor, row_map: RowMap) -> Tensor:
+    """(R, B): the token of each row; in padding some token."""
     if not len(x):
         return x.new_zeros(row_map.rows, x.shape[1])
     return x.index_select(0, row_map.pair_R.clamp(min=0) // row_map.top_k)
 
 
 def _grouped_forward_torch(x: Tensor, w_EBA: Tensor, row_map: RowMap, gather: bool) -> Tensor:
-    return _grouped_mm(_looked_up(x, row_map) if gather else x, w_EBA, row_map)
+    return grouped_mm(looked_up(x, row_map) if gather else x, w_EBA, row_map)
 
 
 def _grouped_wgrad_torch(grad: Tensor, x: Tensor, row_map: RowMap, gather_grad: bool, gather_x: bool) -> Tensor:
     # It sums over padding too, which must therefore be zero on both sides: 0 · NaN is NaN.
     padding_R1 = (row_map.pair_R < 0).unsqueeze(1)
-    grad_RA = (_looked_up(grad, row_map) if gather_grad else grad).masked_fill(padding_R1, 0)
-    x_RB = (_looked_up(x, row_map) if gather_x else x).masked_fill(padding_R1, 0)
-    found_EAB = _grouped_mm(grad_RA.T, x_RB, row_map)
+    grad_RA = (looked_up(grad, row_map) if gather_grad else grad).masked_fill(padding_R1, 0)
+    x_RB = (looked_up(x, row_map) if gather_x else x).masked_fill(padding_R1, 0)
+    found_EAB = grouped_mm(grad_RA.T, x_RB, row_map)
     return found_EAB.masked_fill_((row_map.counts_E == 0).view(-1, 1, 1), 0)
 
 
