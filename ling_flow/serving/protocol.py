@@ -136,6 +136,7 @@ class ChatRequest(StrictModel):
     frequency_penalty: float | None = Field(default=None, ge=0, le=0, description="0: there is none")
     presence_penalty: float | None = Field(default=None, ge=0, le=0, description="0: there is none")
     response_format: TextFormat | None = Field(default=None, description="type text")
+    parallel_tool_calls: Literal[True] | None = Field(default=None, description="true: an answer may hold many calls")
     store: Literal[False] | None = Field(default=None, description="false: nothing is kept")
 
     @field_validator("stop", mode="before")

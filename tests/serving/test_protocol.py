@@ -41,6 +41,7 @@ def test_spellings_of_clients() -> None:
     assert request(stop=None, temperature=None, chat_template_kwargs=None).temperature == 1.0
     assert request(max_tokens=3).length == request(max_completion_tokens=3).length == 3
     assert request().length is None
+    assert request(parallel_tool_calls=True).parallel_tool_calls
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def test_spellings_of_clients() -> None:
         {"stop": ["a", "b", "c", "d", "e"]},
         {"stop": [""]},
         {"logprobs": True},
+        {"parallel_tool_calls": False},
     ],
 )
 def test_what_we_cannot_do_is_refused(fields: dict[str, Any]) -> None:
