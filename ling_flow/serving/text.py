@@ -9,18 +9,25 @@ from ling_flow.data.chat import THINK, THINK_CLOSE
 
 Channel = Literal["reasoning_content", "content"]
 Piece = tuple[Channel, str]
+LONGEST_WAIT = 16
+"""Tokens without text, or marks of broken characters, that are kept together: a character has four bytes at most."""
 
 
 class TextStream:
     """Text of a growing token sequence; what could be part of a character or of a stop text is held back.
 
+    A token's text may depend on those before it: many decoders drop the blank before the first one. So tokens are
+    decoded behind a few earlier ones, whose text is taken off again.
+
     Args:
-        decode: token ids → text; parts that end in whole characters, joined, are the text of the whole sequence.
+        decode: token ids → text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
         self._decode, self._stop = decode, stop
-        self._tokens: list[int] = []  # since the last token that ended a character
+        self._before: list[int] = []  # tokens that ended in a whole character and gave the text
+        self._text_before = ""
+        self._tokens: list[int] = []  # those after them
         self._taken = 0  # characters of their text that were taken already
         self._held = ""
         self.stopped = False
@@ -28,19 +35,12 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that is certain now; `stopped` tells whether a stop text has come."""
         self._tokens.append(token)
-        decoded = self._decode(self._tokens)
-        whole = decoded.rstrip("\ufffd")  # what a decoder writes for bytes that are no character, or not yet
-        text, self._taken = whole[self._taken :], len(whole)
-        if whole == decoded:
-            self._tokens.clear()
-            self._taken = 0
-        self._held += text
+        self._held += self._take()
         found = [place for place in map(self._held.find, self._stop) if place >= 0]
         if found:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
-            self._tokens.clear()  # what the last token begins comes after the stop text
-            self._taken = 0
+            self._tokens, self._taken = [], 0  # what the last token begins comes after the stop text
             return text
         keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -48,10 +48,33 @@ class TextStream:
 
     def flush(self) -> str:
         """What was held back, at the end of the sequence."""
-        text = self._held + self._decode(self._tokens)[self._taken :]
-        self._tokens.clear()
-        self._held, self._taken = "", 0
+        text = self._held + self._text()[self._taken :]
+        self._tokens, self._taken, self._held = [], 0, ""
         return text
+
+    def _take(self) -> str:
+        """The new text up to the end of its last whole character."""
+        decoded = self._text()
+        whole = decoded.rstrip("\ufffd")  # what a decoder writes for bytes that are no character, or not yet
+        if len(decoded) - len(whole) > LONGEST_WAIT:
+            whole = decoded
+        text, self._taken = whole[self._taken :], max(self._taken, len(whole))
+        if whole == decoded:
+            alone = self._decode(self._tokens)
+            if alone:  # without text they may be the blank that is dropped, and what follows would lose its own
+                self._before, self._text_before = self._tokens, alone
+            if alone or len(self._tokens) > LONGEST_WAIT:
+                self._tokens, self._taken = [], 0
+        return text
+
+    def _text(self) -> str:
+        """The text of the new tokens."""
+        decoded = self._decode(self._before + self._tokens)
+        if decoded.startswith(self._text_before):
+            return decoded[len(self._text_before) :]
+        return self._decode(
+            self._tokens
+        )  # bytes behind whole characters, which some decoders spoil until they are whole
 
 
 class ReasoningSplitter:
