@@ -58,7 +58,7 @@ class FitScalingLawsResult(StrictModel):
     clamped: int = Field(description="how many of learning rate and batch were moved into the explored range")
 
 
-@component(version=1, resources=Resources(cpus=1, memory_gib=1))
+@component(version=2, resources=Resources(cpus=1, memory_gib=1))
 def fit_scaling_laws(
     config: FitScalingLawsConfig,
     trials: Input[Metrics],
@@ -89,6 +89,11 @@ def fit_scaling_laws(
     (report.path / "index.html").write_text(report_html(law, sweep.trials))
     chosen, powers = law.recommendation, law.hyper_parameters
     step.log(law.loss.reason)
+    if chosen.size_factor is not None and chosen.tokens_factor is not None:
+        step.log(
+            f"target: {chosen.size_factor:.2g} times the FLOPs per token of the largest trial, "
+            f"{chosen.tokens_factor:.2g} times the most tokens of one"
+        )
     for name in chosen.clamped:
         wanted = getattr(powers, name).at(chosen.target_compute_flops)
         step.log(

@@ -218,6 +218,12 @@ def fit_scaling_law(
     batch_tokens = multiple_inside(chosen_batch, batch_multiple_tokens, batch_range)
     at_target = _at(target, chosen_lr, batch_tokens)
 
+    # Compute alone may hide that a form of size and tokens is asked far outside of either.
+    apart = form == "size_and_tokens"
+    size_range, tokens_range = (
+        _range(values_N) if apart else None for values_N in (readings.log_flops_N, readings.log_tokens_N)
+    )
+
     def predicted_loss(parameters_P: Array) -> float:
         return float(np.exp(surface.predict(parameters_P, at_target)[0][0]))
 
@@ -243,6 +249,8 @@ def fit_scaling_law(
         dropped_trials=len(trials) - int(readings.trial_N.max()) - 1,
         confidence=CONFIDENCE,
         compute_range=_range(readings.log_compute_N),
+        size_range=size_range,
+        tokens_range=tokens_range,
         learning_rate_range=lr_range,
         batch_tokens_range=batch_range,
         recommendation=Recommendation(
@@ -255,6 +263,8 @@ def fit_scaling_law(
             predicted_loss=predicted_loss(theta_P),
             predicted_loss_interval=interval(predicted_loss),
             extrapolation_factor=factor,
+            size_factor=target.model_flops_per_token / size_range.high if size_range else None,
+            tokens_factor=target.tokens / tokens_range.high if tokens_range else None,
             clamped=tuple(clamped),
         ),
     )

@@ -106,6 +106,12 @@ class Recommendation(StrictModel):
         description="Interval of the predicted loss, given that the fitted form holds up to the target"
     )
     extrapolation_factor: float = Field(gt=0, description="Target compute over the largest compute of a trial")
+    size_factor: float | None = Field(
+        None, gt=0, description="Target's M over the largest of a trial; null where the form asks for compute alone"
+    )
+    tokens_factor: float | None = Field(
+        None, gt=0, description="Target's tokens over the most of a trial; null where the form asks for compute alone"
+    )
     clamped: tuple[Literal["learning_rate", "batch_tokens"], ...] = Field(
         description="Which optima lay outside the explored range and were moved to its edge"
     )
@@ -125,6 +131,12 @@ class ScalingLaw(StrictModel):
     dropped_trials: int = Field(ge=0, description="Trials without a usable reading (diverged, or far from the best)")
     confidence: float = Field(gt=0, lt=1, description="Coverage the intervals aim at")
     compute_range: Interval = Field(description="Training compute explored, FLOPs")
+    size_range: Interval | None = Field(
+        None, description="M explored, training FLOPs per token; null where the form asks for compute alone"
+    )
+    tokens_range: Interval | None = Field(
+        None, description="Training tokens explored; null where the form asks for compute alone"
+    )
     learning_rate_range: Interval = Field(description="Learning rates explored")
     batch_tokens_range: Interval = Field(description="Batches explored, tokens")
     recommendation: Recommendation = Field(description="For the target asked for")

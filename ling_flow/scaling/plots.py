@@ -21,6 +21,9 @@ def report_html(law: ScalingLaw, trials: Sequence[TrialResult]) -> str:
     """The page: recommendation, plots of loss, learning rate and batch against compute, and all trials."""
     chosen, powers = law.recommendation, law.hyper_parameters
     clamped = f"; moved into the explored range: {', '.join(chosen.clamped)}" if chosen.clamped else ""
+    apart = ""
+    if chosen.size_factor is not None and chosen.tokens_factor is not None:
+        apart = f" ({chosen.size_factor:.2g} times the largest model, {chosen.tokens_factor:.2g} times the most tokens)"
     rows = [
         (
             "learning rate",
@@ -54,7 +57,7 @@ def report_html(law: ScalingLaw, trials: Sequence[TrialResult]) -> str:
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Scaling law</title>'
             f"<style>{_STYLE}</style></head><body><h1>Scaling law</h1>",
             f"<p>Target: {chosen.target_compute_flops:.3g} training FLOPs, {chosen.target_tokens:,} tokens, "
-            f"{chosen.extrapolation_factor:.1f} times the largest trial{html.escape(clamped)}.</p>",
+            f"{chosen.extrapolation_factor:.1f} times the largest trial{apart}{html.escape(clamped)}.</p>",
             recommendation,
             f"<p>{law.trials} trials with {law.readings} readings, {law.dropped_trials} trials left out; mean residual "
             f"{law.residual:.2%} of loss. {html.escape(law.loss.reason)}.</p>",

@@ -42,7 +42,7 @@ def run(tmp_path):
     return call
 
 
-def test_law_result_and_report_agree(run):
+def test_law_result_and_report_agree(run, capsys):
     result, (law_output, report) = run(CONFIG)
     law = ScalingLaw.load(law_output.path)
     chosen = law.recommendation
@@ -54,6 +54,9 @@ def test_law_result_and_report_agree(run):
     assert result.learning_rate == pytest.approx(LAW.learning_rate.at(chosen.target_compute_flops), rel=0.5)
     assert result.clamped == len(chosen.clamped)
     assert law_output.contract == {"tokenizer": "t"}
+    assert chosen.tokens_factor == pytest.approx(20, rel=1e-3)
+    said = "target: 1 times the FLOPs per token of the largest trial, 20 times the most tokens of one\n"
+    assert said in capsys.readouterr().err
     page = (report.path / "index.html").read_text()
     assert page.count("<svg") == 3
     assert f"{chosen.learning_rate:.3g}" in page and f"{chosen.batch_tokens:,}" in page

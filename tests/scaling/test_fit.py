@@ -1,5 +1,7 @@
 """Known laws come back from sweeps drawn from them; hopeless sweeps are refused or stay sane."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -47,15 +49,21 @@ def test_loss_that_falls_with_compute_alone_gets_the_compute_form():
     )
     law = fit_scaling_law(trials, Target(4e6, 10**6), bootstrap_samples=10)
     error = law.loss.held_out_error
-    assert law.loss.form.kind == "compute" or error["size_and_tokens"] < 1.2 * error["compute"]
+    assert law.loss.form.kind == "compute"
+    assert error["size_and_tokens"] > 4 * error["compute"]  # 1.3 % and 0.13 %
+    assert (
+        law.size_range is law.tokens_range is law.recommendation.size_factor is law.recommendation.tokens_factor is None
+    )
     assert law.loss.exponent == pytest.approx(0.11, abs=0.01)
     assert law.loss.form.kind in law.loss.reason
 
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth():
-    """Nominal 90 %: the exponents and the best learning rate at the target are inside more often than not."""
-    inside = np.zeros(3)
+    """Nominal 90 %. Of ten sweeps the interval holds the exponent of the learning rate in 7 and that of the batch in 6,
+    which are half and nearly a whole standard deviation of the prior from its mean: what the prior pulls them by is in
+    no interval. The best learning rate and the loss at the target, which are used, are inside in 8 and in 10."""
+    inside, asked = np.zeros(4), np.array([0.6, 0.6, 0.8, 0.8])
     repeats = 10
     for seed in range(repeats):
         trials = sweep(
@@ -68,13 +76,18 @@ def test_intervals_cover_the_truth():
             seed=seed,
         )
         law = fit_scaling_law(trials, Target(4e6, 2_000_000), bootstrap_samples=40, seed=seed, near_optimal=0.3)
+        chosen = law.recommendation
+        u = math.log(chosen.learning_rate / TINY_LAW.learning_rate.at(8e12))
+        v = math.log(chosen.batch_tokens / TINY_LAW.batch_tokens.at(8e12))
+        loss = (1.2 + 90 * 4e6**-0.3 + 50 * 2e6**-0.25) * math.exp(0.05 / 2 * (u * u + v * v))
         checks = (
             (law.hyper_parameters.learning_rate.exponent_interval, TINY_LAW.learning_rate.exponent),
             (law.hyper_parameters.batch_tokens.exponent_interval, TINY_LAW.batch_tokens.exponent),
-            (law.recommendation.learning_rate_interval, TINY_LAW.learning_rate.at(8e12)),
+            (chosen.learning_rate_interval, TINY_LAW.learning_rate.at(8e12)),
+            (chosen.predicted_loss_interval, loss),
         )
         inside += [interval.low <= truth <= interval.high for interval, truth in checks]
-    assert (inside >= 0.6 * repeats).all(), inside / repeats
+    assert (inside >= asked * repeats).all(), inside / repeats
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -137,6 +150,14 @@ def test_batch_is_clamped_said_so_and_usable(tiny_sweep):
     with pytest.raises(UserError, match=r"batch_multiple_tokens: no multiple of 5000 lies between 512 and 4096"):
         fit_scaling_law(tiny_sweep, Target(4e6, 20_000_000), bootstrap_samples=2, batch_multiple_tokens=5000)
     assert chosen.extrapolation_factor == pytest.approx(8e13 / (4e6 * 2.4e5))
+
+
+def test_how_far_size_and_tokens_are_extrapolated_is_told(fitted_law, tiny_sweep):
+    chosen = fitted_law.recommendation
+    assert (fitted_law.size_range.low, fitted_law.size_range.high) == pytest.approx((1e6, 4e6))
+    assert (fitted_law.tokens_range.low, fitted_law.tokens_range.high) == pytest.approx((1.5e4, 2.4e5))
+    assert (chosen.size_factor, chosen.tokens_factor) == pytest.approx((1.0, 1e6 / 2.4e5))
+    assert " (1 times the largest model, 4.2 times the most tokens)." in report_html(fitted_law, tiny_sweep)
 
 
 def test_the_report_has_the_same_bytes_again(tiny_sweep):
