@@ -46,7 +46,7 @@ def judge(
     gates: Sequence[Gate],
     metrics: Mapping[str, float],
     champion: Mapping[str, float] | None = None,
-    incomparable: str = "",
+    caveat: str = "",
 ) -> list[GateVerdict]:
     """One verdict for each gate.
 
@@ -54,16 +54,17 @@ def judge(
         gates: what is asked.
         metrics: the candidate's metrics by name.
         champion: the champion's metrics, or None where nothing has been promoted yet: then `min_change` is not asked.
-        incomparable: why the champion's metrics say nothing about the candidate's; "" where they do.
+        caveat: what makes the champion's metrics hard to compare with the candidate's, for the sentence; the gate is no
+            looser for it.
 
     Raises:
         UserError: a gate names a metric that the evaluation does not report.
     """
-    return [_judge(index, gate, metrics, champion, incomparable) for index, gate in enumerate(gates)]
+    return [_judge(index, gate, metrics, champion, caveat) for index, gate in enumerate(gates)]
 
 
 def _judge(
-    index: int, gate: Gate, metrics: Mapping[str, float], champion: Mapping[str, float] | None, incomparable: str
+    index: int, gate: Gate, metrics: Mapping[str, float], champion: Mapping[str, float] | None, caveat: str
 ) -> GateVerdict:
     if gate.metric not in metrics:
         raise UserError(f"gates.{index}.metric: no metric '{gate.metric}'; the evaluation reports {', '.join(metrics)}")
@@ -78,15 +79,14 @@ def _judge(
     if gate.min_change is not None and champion is not None:
         best = champion.get(gate.metric)
         if best is None:  # of an older evaluation
-            incomparable = incomparable or f"its evaluation reports no {gate.metric}"
+            reason += f"; not compared with the champion: its evaluation reports no {gate.metric}"
         elif not math.isfinite(best):
-            incomparable = incomparable or f"its {gate.metric} is {best}, not a finite number"
-        if best is None or incomparable:
+            reason += f"; not compared with the champion: its {gate.metric} is {best}, not a finite number"
             best = None
-            reason += f"; not compared with the champion: {incomparable}"
         else:
             change = value - best if gate.comparison in (">=", ">") else best - value
             passed = passed and change >= gate.min_change - ROUNDING
             reason += f"; {change:+.4g} better than the champion's {best:.4g}, asked at least {gate.min_change:+.4g}"
+            reason += f" ({caveat})" if caveat else ""
     sentence = f"{'passed' if passed else 'failed'}: {reason}"
     return GateVerdict(gate=gate, passed=passed, value=value, champion=best, sentence=sentence)

@@ -102,7 +102,7 @@ class Registry:
             metrics: what the evaluation measured; the newest evaluation counts.
             params: what people look for in a model (architecture), shown beside it.
             gates: what it takes to become champion; the newest gates count.
-            asked: digest of what the evaluation asked: versions are compared where it is the same, or not known.
+            asked: digest of what the evaluation asked; where it is known and not the champion's, the verdict says so.
         """
         with self._reached() as client:
             number = self._find(client, name, fingerprint)
@@ -136,8 +136,8 @@ class Registry:
             # The same artifact registered again is not held against itself.
             rival = champion if champion and champion.fingerprint != version.fingerprint else None
             other = rival is not None and rival.asked and version.asked and rival.asked != version.asked
-            incomparable = "its evaluation asked something else, or of another corpus" if other else ""
-            verdicts = judge(gates, version.metrics, rival.metrics if rival else None, incomparable)
+            caveat = "whose evaluation asked something else, or had another corpus" if other else ""
+            verdicts = judge(gates, version.metrics, rival.metrics if rival else None, caveat)
             sentences = [verdict.sentence for verdict in verdicts]
             passed = all(verdict.passed for verdict in verdicts)
             back = ledger.rolled_back(records, version.number)

@@ -46,16 +46,23 @@ def test_no_champion_yet_asks_no_change() -> None:
 
 def test_a_comparison_that_cannot_be_made_is_told() -> None:
     gate = Gate(metric="m", threshold=0.1, min_change=0.5)
-    for champion, incomparable, why in (
-        ({"another": 1.0}, "", "its evaluation reports no m"),
-        ({"m": math.nan}, "", "its m is nan, not a finite number"),
-        ({"m": 0.9}, "it was asked less", "it was asked less"),
+    for champion, why in (
+        ({"another": 1.0}, "its evaluation reports no m"),
+        ({"m": math.nan}, "its m is nan, not a finite number"),
     ):
-        (verdict,) = judge([gate], {"m": 0.2}, champion, incomparable)
+        (verdict,) = judge([gate], {"m": 0.2}, champion)
         assert (verdict.passed, verdict.champion) == (True, None)
         assert verdict.sentence == f"passed: m is 0.2, asked >= 0.1; not compared with the champion: {why}"
     assert "champion" not in judge([Gate(metric="m", threshold=0.1)], {"m": 0.2}, {})[0].sentence
     assert "champion" not in judge([gate], {"m": 0.2})[0].sentence
+
+
+def test_a_comparison_with_another_evaluation_is_made_and_told() -> None:
+    (verdict,) = judge(
+        [Gate(metric="m", threshold=0.1, min_change=-0.1)], {"m": 0.2}, {"m": 0.9}, "which was asked less"
+    )
+    assert (verdict.passed, verdict.champion) == (False, 0.9)
+    assert verdict.sentence.endswith("-0.7 better than the champion's 0.9, asked at least -0.1 (which was asked less)")
 
 
 def test_a_metric_that_is_not_finite_fails() -> None:
