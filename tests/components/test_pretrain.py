@@ -23,6 +23,7 @@ from ling_flow.model.hf import load_pretrained
 from ling_flow.training.settings import CheckpointIndex
 from tests.components.pretraining import config, make_inputs
 from tests.training.micro import micro_model
+from tests.watching import found_below
 
 
 class Recorder(NullTracker):
@@ -329,12 +330,9 @@ def test_ended_process_goes_on_bit_for_bit(root, inputs, tmp_path, number):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LING_FLOW_", "MLFLOW_"))}
     environment["LING_FLOW_HOME"] = str(tmp_path / "home")
 
-    def saved():
-        return [path for path in other.rglob("step-*") if path.is_dir() and (path / "training_state").is_dir()]
-
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
-    while len(saved()) < 2 and process.poll() is None and time.monotonic() < until:
+    while len(found_below(other, "step-*/training_state")) < 2 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.005)
     process.send_signal(number)
     told = process.communicate(timeout=120)[1]

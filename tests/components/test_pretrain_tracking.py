@@ -17,6 +17,7 @@ from ling_flow.flow import mlflow_store, tracking
 from ling_flow.flow.tracking import Tracker
 from tests.components.pretraining import config, make_inputs
 from tests.flow.mlflow_server import Server
+from tests.watching import found_below
 
 pytestmark = [pytest.mark.slow]
 
@@ -68,7 +69,7 @@ def test_metrics_of_every_step_are_there_after_the_server_was_gone(
     def wait_for_checkpoint_after(step: int) -> int:
         until = time.monotonic() + 200
         while time.monotonic() < until:
-            found = max((int(path.name.removeprefix("step-")) for path in root.rglob("step-*")), default=0)
+            found = max((int(path.name.removeprefix("step-")) for path in found_below(root, "step-*")), default=0)
             if found > step:
                 return found
             time.sleep(0.01)

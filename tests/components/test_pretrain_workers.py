@@ -21,6 +21,7 @@ from ling_flow.parallel.data import DataParallel, WorkerLost
 from ling_flow.training.settings import CheckpointIndex
 from tests.components.pretraining import config, make_inputs
 from tests.components.test_pretrain import Recorder, elsewhere
+from tests.watching import found_below
 
 pytestmark = [pytest.mark.slow]
 
@@ -166,7 +167,7 @@ def start(root, references, run_on):
     command = [sys.executable, "-m", "components.pretrain", "--config", str(file), "--root", str(root), *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 300
-    while not list(root.rglob("step-*/training_state/files.json")) and process.poll() is None:
+    while not found_below(root, "step-*/training_state/files.json") and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
     return process

@@ -26,6 +26,7 @@ from ling_flow.scaling import trial as trial_module
 from ling_flow.scaling.design import Reading, Rung, Sweep, SweepDesign, TrialResult, plan_trials
 from ling_flow.training.settings import OptimizerSettings
 from tests.training.micro import micro_model, write_texts
+from tests.watching import found_below
 
 DESIGN = SweepDesign(
     rungs=(Rung(hidden_size=16, compute_flops=6e7), Rung(hidden_size=32, compute_flops=2e8)),
@@ -144,10 +145,10 @@ def test_killed_in_mid_sweep_the_finished_trials_are_kept(corpus, tmp_path):
     deadline = time.monotonic() + 120
     while not kept and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-        kept = [path for path in (tmp_path / "root").rglob("*.json") if path.parent.name == "trials"]
+        kept = found_below(tmp_path / "root", "trials/*.json")
     process.send_signal(signal.SIGTERM)
     process.wait(60)
-    kept = [path for path in (tmp_path / "root").rglob("*.json") if path.parent.name == "trials"]
+    kept = found_below(tmp_path / "root", "trials/*.json")
     assert 1 <= len(kept) < 4
     stamps = {path.name: path.stat().st_mtime_ns for path in kept}
     outcome = wind_tunnel(config, root=tmp_path / "root", corpus=corpus)

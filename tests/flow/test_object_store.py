@@ -17,6 +17,7 @@ from ling_flow.flow import artifact
 from ling_flow.flow.artifact import ArtifactStore
 from ling_flow.flow.component import Model, Output, Resources, component
 from tests.flow.seaweed import BUCKET, S3
+from tests.watching import found_below
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
 
@@ -122,7 +123,7 @@ def test_a_download_outlives_it_too(s3: S3, tmp_path: Path) -> None:
         time.sleep(AWAY_SECONDS / 4)
         s3.start()
 
-    fault = kill_when(s3, lambda: len(list(cache.rglob("*.bin"))) >= 5, come_back)
+    fault = kill_when(s3, lambda: len(found_below(cache, "*.bin")) >= 5, come_back)
     whole(outcome.fingerprint, cache)
     fault.join()
 
