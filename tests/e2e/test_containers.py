@@ -213,7 +213,7 @@ def test_a_step_that_fails_tells_its_own_error(
 ) -> None:
     failed = run_module(environment, *run_arguments, "--set", "capability_pass.examples_per_batch=999", timeout=900)
     assert failed.code == 2
-    assert "error: examples_per_batch: 999 asked, but only" in failed.err
+    assert "error: capability_pass: examples_per_batch: 999 asked, but only" in failed.err
     assert "Traceback" not in failed.err
     assert containers() == ""
 

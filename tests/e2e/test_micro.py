@@ -132,7 +132,7 @@ def test_a_dead_endpoint_is_brought_back(finished: dict[str, Any], home: Path) -
 def test_a_step_that_fails_tells_its_own_error(finished: dict[str, Any], home: Path) -> None:
     done = lingflow(home, "run", *CONFIG, "--set", "capability_pass.examples_per_batch=999")
     assert done.code == 2
-    assert "error: examples_per_batch: 999 asked, but only" in done.err
+    assert "error: capability_pass: examples_per_batch: 999 asked, but only" in done.err
     assert "Traceback" not in done.err
 
 
