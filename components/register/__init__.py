@@ -72,12 +72,11 @@ def _check_measured_on(model: Input[Model], metrics: Input[Metrics], cache: Path
     """
     of, made = Ref.parse(metrics.ref), Ref.parse(model.ref)
     manifest = ArtifactStore(of.root, cache).manifest(of.component, of.fingerprint)
-    inputs = manifest.inputs if manifest else {}
-    measured = {parent.fingerprint for parent in inputs.values()}
-    if "model" in inputs and f"{made.fingerprint}/{made.output}" not in measured:
+    measured = manifest.inputs.get("model") if manifest else None
+    if measured is not None and measured.fingerprint != f"{made.fingerprint}/{made.output}":
         raise UserError(
-            f"metrics: {metrics.ref} was measured on {inputs['model'].ref}, not on {model.ref}; evaluate the model "
-            "that is to be registered"
+            f"metrics: {metrics.ref} was measured on {measured.ref}, not on {model.ref}; evaluate the model that is to "
+            "be registered"
         )
 
 

@@ -21,8 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
 from rich.console import Console
 
+from ling_flow.config import StrictModel, parse
 from ling_flow.errors import LingFlowError, SystemFault, UserError
 from ling_flow.flow.context import Context
 from ling_flow.flow.dag import LoadedDag, Node
@@ -37,7 +39,14 @@ class DefectError(LingFlowError):
 
 
 OPEN_RUN = "mlflow.json"
-"""In the directory of a run: where its run in MLflow is, as long as that is open."""
+
+
+class OpenRun(StrictModel):
+    """What `mlflow.json` in the directory of a run holds, as long as its run in MLflow is open."""
+
+    tracking_uri: str = Field(description="the store")
+    run_id: str = Field(description="the run there")
+    status: str = Field("killed", description="how it ended, if nobody comes to say otherwise")
 
 
 @dataclass(frozen=True)
@@ -119,14 +128,14 @@ def run_local(
         "LING_FLOW_RUNNER": runner,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])),
     }
-    if parent:
-        _close_abandoned(context.home, tracking_uri)
     status = "failed"
     watcher = Watcher(directory / "events.jsonl", [node.label for node in plan], console)
     try:
         with _lock(directory), watcher, _environment(environment), _termination_as_interrupt():
             if parent:
-                (directory / OPEN_RUN).write_text(json.dumps({"tracking_uri": tracking_uri, "run_id": parent}))
+                note = OpenRun(tracking_uri=tracking_uri, run_id=parent)
+                (directory / OPEN_RUN).write_text(note.model_dump_json())
+                _close_abandoned(context.home, tracking_uri)
             if runner == "docker":
                 _execute_in_containers(dag, arguments, directory, context, tracking_uri, mounts, console)
             else:
@@ -153,6 +162,9 @@ def run_local(
             _record_cached(tracking_uri, parent, plan, watcher)
             if finish_dag_run(tracking_uri, parent, status):
                 (directory / OPEN_RUN).unlink(missing_ok=True)
+            else:
+                note = OpenRun(tracking_uri=tracking_uri, run_id=parent, status=status)
+                (directory / OPEN_RUN).write_text(note.model_dump_json())
     steps = {
         node.label: watcher.steps[node.label] for node in plan
     }  # of others, such as the store, words may have come
@@ -277,18 +289,18 @@ def _lock(directory: Path) -> Iterator[None]:
 
 
 def _close_abandoned(home: Path, tracking_uri: str) -> None:
-    """Close in MLflow the DAG runs of this home that were killed before they could: their locks are free."""
+    """Close in MLflow the DAG runs of this home that could not: they were killed, or the store was away. Their locks
+    are free."""
     from ling_flow.flow.tracking import finish_dag_run
 
-    for note in sorted(home.glob(f"runs/*/{OPEN_RUN}")):
-        try:
-            noted = json.loads(note.read_text())
-            with (note.parent / "runner.lock").open("ab") as lock:
+    for path in sorted(home.glob(f"runs/*/{OPEN_RUN}")):
+        # A held lock: it runs, as this one does. Others are not ours to read, or not whole.
+        with contextlib.suppress(OSError, UserError):
+            note = parse(OpenRun, path.read_text(), str(path))
+            with (path.parent / "runner.lock").open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if noted["tracking_uri"] == tracking_uri and finish_dag_run(tracking_uri, noted["run_id"], "killed"):
-                    note.unlink(missing_ok=True)
-        except (OSError, ValueError, KeyError):  # it runs, is being closed by another run, or is another user's
-            continue
+                if note.tracking_uri == tracking_uri and finish_dag_run(tracking_uri, note.run_id, note.status):
+                    path.unlink(missing_ok=True)
 
 
 def _overrides(arguments: Mapping[str, Any]) -> Mapping[str, Any]:

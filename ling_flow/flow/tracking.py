@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ling_flow.errors import LingFlowError
+from ling_flow.errors import LingFlowError, SystemFault
 from ling_flow.flow import events, identity
 from ling_flow.flow import mlflow_store as store
 from ling_flow.flow.context import Context
@@ -264,16 +264,16 @@ def finish_dag_run(tracking_uri: str, run_id: str, status: str) -> bool:
     """Close the run of a DAG run, and as killed those of its steps that never came to close theirs.
 
     Returns:
-        Whether it is closed; a store that is away is told.
+        False where the store is away, and it can be done later. What the store refuses is told, and so settled.
     """
     try:
         with store.reaching(tracking_uri):
             client = store.connect(tracking_uri)
             _close_tree(client, run_id, status)
-            return True
     except LingFlowError as error:
-        events.emit("log", step="tracking", text=f"{error}; the run of this DAG stays open there")
-        return False
+        events.emit("log", step="tracking", text=f"{error}; run {run_id} of this DAG stays open there")
+        return not isinstance(error, SystemFault)
+    return True
 
 
 def finish_kfp_run(tracking_uri: str, kfp_run_id: str, status: str) -> str | None:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ling_flow.errors import UserError
 from ling_flow.model.attention import KVCache
@@ -146,14 +145,8 @@ def decode(
             tokens_B = tokens_B[kept_B]
             batch = [batch[place] for place in places]
         if cache.length == cache.capacity:
-            _grow(cache, min(cache.capacity, longest + max_new_tokens - 1 - cache.capacity))
+            cache.grow(min(cache.capacity, longest + max_new_tokens - 1 - cache.capacity))
         hidden_BD = model.hidden_states(tokens_B.unsqueeze(1), cache)[:, -1]
-
-
-def _grow(cache: KVCache, slots: int) -> None:
-    """Give each sequence this many slots more."""
-    cache.keys = functional.pad(cache.keys, (0, 0, 0, slots))
-    cache.values = functional.pad(cache.values, (0, 0, 0, slots))
 
 
 def _choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ling_flow.kernels.attention import cached_attention, causal_attention, packed_attention
 from ling_flow.kernels.qk_norm_rope import qk_norm_rope
@@ -33,6 +34,11 @@ class KVCache:
     def capacity(self) -> int:
         """Slots per sequence."""
         return self.keys.shape[3]
+
+    def grow(self, slots: int) -> None:
+        """Give each sequence this many slots more."""
+        self.keys = functional.pad(self.keys, (0, 0, 0, slots))
+        self.values = functional.pad(self.values, (0, 0, 0, slots))
 
     def keep(self, rows: Tensor) -> None:
         """The batch becomes these rows of it, in this order; a row may come several times."""

@@ -9,7 +9,7 @@ from ling_flow.errors import SystemFault, UserError
 from ling_flow.flow.context import Context
 from ling_flow.flow.promotion import Registry
 from ling_flow.flow.step import Outcome
-from tests.components.serving_steps import measure, measure_candidate, train
+from tests.components.serving_steps import measure, measure_against, measure_candidate, train
 
 GATE = {"metric": "well_formed", "threshold": 0.5, "min_change": 0.0}
 
@@ -101,6 +101,9 @@ def test_metrics_of_another_model_are_refused(registry: Registry) -> None:
     metrics = measure({"well_formed": 0.9}, model=other).refs["metrics"]
     with pytest.raises(UserError, match=f"^metrics: {metrics} was measured on {other}, not on {model}; evaluate "):
         register({"model_name": "mixed", "gates": [GATE]}, model=model, metrics=metrics)
+    beside = measure_against({"well_formed": 0.9}, model=other, reference=model).refs["metrics"]
+    with pytest.raises(UserError, match=f"^metrics: {beside} was measured on {other}, not on {model}; evaluate "):
+        register({"model_name": "mixed", "gates": [GATE]}, model=model, metrics=beside)
     assert registry.version("mixed", 1) is None
     unknown = measure_candidate({"well_formed": 0.9}, candidate=other).refs["metrics"]
     assert register({"model_name": "mixed", "gates": [GATE]}, model=model, metrics=unknown).result.version == 1

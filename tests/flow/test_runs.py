@@ -15,6 +15,8 @@ import pytest
 
 from ling_flow.flow.artifact import ArtifactStore
 from ling_flow.flow.dag import load_dag, make_plan
+from ling_flow.flow.runner import OPEN_RUN, OpenRun, _close_abandoned
+from ling_flow.flow.tracking import start_dag_run
 from tests.conftest import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("home")]
@@ -112,6 +114,25 @@ def test_what_a_killed_run_left_open_in_mlflow_is_closed_by_the_next(home: Path,
     assert sorted(mlflow_states(home)["faulty"]) == ["FINISHED", "KILLED"]
     assert calls.read_text().split().count("draw") == 2
     assert list(home.glob("runs/*/mlflow.json")) == []
+
+
+def test_a_note_of_an_open_run_says_how_it_ended_and_is_settled_once(home: Path) -> None:
+    uri = f"sqlite:///{home}/mlflow.db"
+    failed, other = (start_dag_run(uri, name, "", {}, "code") for name in ("failed", "other"))
+    assert failed is not None and other is not None
+    notes = {
+        "ended while the store was away": OpenRun(tracking_uri=uri, run_id=failed, status="failed").model_dump_json(),
+        "deleted in the store": OpenRun(tracking_uri=uri, run_id="0" * 32).model_dump_json(),
+        "of another store": OpenRun(tracking_uri="http://127.0.0.1:9", run_id=other).model_dump_json(),
+        "no note of ours": "[1]",
+    }
+    for name, text in notes.items():
+        directory = home / "runs" / name
+        directory.mkdir(parents=True)
+        (directory / OPEN_RUN).write_text(text)
+    _close_abandoned(home, uri)
+    assert mlflow_states(home) == {"failed": ["FAILED"], "other": ["RUNNING"]}
+    assert {path.parent.name for path in home.glob(f"runs/*/{OPEN_RUN}")} == {"of another store", "no note of ours"}
 
 
 def test_texts_that_name_the_interpreter_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
