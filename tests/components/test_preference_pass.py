@@ -11,7 +11,7 @@ CONFIG = {
     "tasks": [{"name": "chain_sum", "difficulties": [1]}],
     "lpo": {
         "rollouts": 3,
-        "questions_per_rollout": 4,
+        "questions_per_rollout": 16,  # few groups of a model that has learnt nothing teach anything
         "group_size": 4,
         "groups_per_minibatch": 2,
         "max_new_tokens": 12,
